@@ -1,0 +1,41 @@
+"""mmpeft-fast: parameter-efficient fine-tuning of multimodal LLMs at the cost of running the frozen model.
+
+    import mmpeft_fast
+    mmpeft_fast.add_peft(model, mmpeft_fast.LoRA(r=16, alpha=32))
+    mmpeft_fast.fuse(model)
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Names are imported on first use, so that the command line's --help does not wait for torch.
+_HOMES = {
+    "add_peft": "peft_model",
+    "fuse": "peft_model",
+    "is_fused": "peft_model",
+    "unfuse": "peft_model",
+    "Adapter": "methods",
+    "IA3": "methods",
+    "LayerNorm": "methods",
+    "LoRA": "methods",
+    "METHODS": "methods",
+    "Prefix": "methods",
+    "make_method": "methods",
+    "FAMILIES": "models",
+    "load_pretrained": "models",
+    "peak_bytes": "measure",
+    "saved_bytes": "measure",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

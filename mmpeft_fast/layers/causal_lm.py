@@ -1,0 +1,91 @@
+"""The token-sparse tail: head, cross-entropy and the last layer's queries only where a label is.
+
+In visual question answering 1 to 5 % of the tokens carry one; everything here is exact.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast.layers.class_swap import Swapped
+from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+
+# Above this share of supervised positions gathering saves too little to be worth its copies.
+_SPARSE_SHARE = 0.75
+
+
+def supervised_targets(labels: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+    """Positions whose next token carries a label, and that label.
+
+    Args:
+        labels: [B, T] int64 aligned with the inputs (not shifted), -100 = ignored.
+        capacity: C, at least the largest number of supervised positions in a sample. Read from `labels` when None,
+            which costs a host synchronisation on an accelerator.
+
+    Returns:
+        rows [B, C] int64, ascending, and targets [B, C]; surplus places hold position T - 1 and -100.
+    """
+    batch, length = labels.shape
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    supervised = targets != IGNORE_INDEX
+    if capacity is None:
+        capacity = max(1, int(supervised.sum(1).max())) if batch else 1
+    position = torch.arange(length, device=labels.device)
+    # Unsupervised positions sort behind all others and read as the last position, whose target is always ignored.
+    rows = torch.where(supervised, position, length).sort(dim=1).values[:, :capacity].clamp(max=length - 1)
+    return rows, targets.gather(1, rows)
+
+
+class FusedCausalLM(Swapped):
+    """Mixin for `...ForConditionalGeneration`: training with labels takes the loss from the token-sparse tail and
+    returns `logits=None`, unless the model was fused with `keep_logits=True`.
+
+    Extra keyword of `forward`: `supervised_capacity`, see `supervised_targets`. `num_items_in_batch` divides the
+    summed loss, as in transformers.
+    """
+
+    keep_logits = False
+    sparse_last_layer = True
+
+    def forward(self, *args, **kwargs):
+        capacity = kwargs.pop("supervised_capacity", None)
+        if kwargs.get("output_attentions"):
+            raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
+        base_forward = super().forward
+        labels = kwargs.get("labels")
+        if not self.training or self.keep_logits or (labels is None and not args):
+            return base_forward(*args, **kwargs)
+        if args:
+            # Only the names bound to positions matter here; transformers' models are called by keyword.
+            names = inspect.signature(base_forward).parameters
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+            labels = kwargs.get("labels")
+            if labels is None:
+                return base_forward(**kwargs)
+        return self._loss_from_tail(capacity=capacity, **kwargs)
+
+    def _loss_from_tail(self, *, capacity, labels, num_items_in_batch=None, logits_to_keep=0, return_dict=None, **kwargs):
+        rows, targets = supervised_targets(labels, capacity)
+        sparse = (
+            self.sparse_last_layer
+            and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]
+            and not kwargs.get("output_hidden_states")
+        )
+        kwargs["use_cache"] = False  # a training pass has no use for keys and values
+        outputs = self.model(**kwargs, supervised_rows=rows) if sparse else self.model(**kwargs)
+        hidden = outputs.last_hidden_state
+        if not sparse:
+            hidden = torch.take_along_dim(hidden, rows[..., None], dim=1)
+        loss = self._head_loss(hidden.flatten(0, 1), targets.flatten(), num_items_in_batch)
+        fields = {"hidden_states": outputs.hidden_states, "image_hidden_states": outputs.get("image_hidden_states")}
+        return self.output_class(loss=loss, **{k: v for k, v in fields.items() if v is not None})
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
+        head = self.lm_head
+        if type(head) is nn.Linear:
+            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, count=count)
+        # An adapted or wrapped head computes its own logits; they are few.
+        logits = head(hidden).float()
+        total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / ((targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device))

@@ -1,0 +1,44 @@
+"""Changing what a module computes without touching its parameters, names or place in the tree.
+
+`swap_class(module, Mixin)` gives one instance a subclass of its own class with `Mixin` in front; everything the module
+holds stays as it is, so state dicts, hooks, `deepcopy` and isinstance checks keep working, and `restore_class` undoes it.
+"""
+
+import functools
+
+from torch import nn
+
+
+@functools.cache
+def _subclass(mixin: type, base: type) -> type:
+    def forward(self, *args, **kwargs):
+        return mixin.forward(self, *args, **kwargs)
+
+    # The signature stays visible: trainers and `generate` inspect it. The class keeps its name because
+    # `save_pretrained` writes it into the configuration.
+    functools.update_wrapper(forward, base.forward)
+    namespace = {"forward": forward, "_swapped_from": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), namespace)
+
+
+class Swapped:
+    """Base of the mixins that `swap_class` puts in front of a module's class."""
+
+    def _get_name(self):
+        return f"Fused{type(self).__name__}"
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Puts `mixin` in front of the class of this one instance; a module that is swapped already is left alone."""
+    if not is_swapped(module):
+        module.__class__ = _subclass(mixin, type(module))
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return isinstance(module, Swapped)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undoes `swap_class`; anything else is left alone."""
+    if is_swapped(module):
+        module.__class__ = type(module)._swapped_from

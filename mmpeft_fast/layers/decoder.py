@@ -1,0 +1,163 @@
+"""A decoder layer as four fused linears around attention; also the classes that norms and vision modules take on.
+
+    q, k, v  = fused_linear(x,  [q, k, v],    prologue=rms_norm)
+    o        = attention(q, k, v, rotation, scales, head norms, prefix)
+    x1       = fused_linear(o,  [o],          residual=x)
+    gate, up = fused_linear(x1, [gate, up],   prologue=rms_norm)
+    x2       = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast.layers.class_swap import Swapped
+from mmpeft_fast.layers.sites import read_linear, read_norm
+from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
+from mmpeft_fast.ops.fused_linear import fused_linear
+from mmpeft_fast.ops.norms import rms_norm
+
+
+class FusedDecoderLayer(Swapped):
+    """Mixin for the LLaMA-shaped decoder layers of transformers (`self_attn.{q,k,v,o}_proj`, optional head norms,
+    `mlp.{gate,up,down}_proj`, two RMSNorms). Parameters stay where they are; this only replaces the computation.
+
+    `is_tail` marks the last layer: given `supervised_rows` [B, C] it computes queries, o, and the MLP at those
+    positions only and returns [B, C, H]; keys and values are needed everywhere.
+    """
+
+    is_tail = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        supervised_rows: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        x = hidden_states
+        attn, cos_sin = self.self_attn, position_embeddings
+        gain, eps = read_norm(self.input_layernorm)
+        q, k, v = (read_linear(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+        rows = supervised_rows if self.is_tail else None
+        mask = full_mask(attention_mask, x.shape[1])
+
+        # The output scales of q, k, v are left to attention, which redoes them in its backward.
+        def project(x, *sites):
+            segments = [site.segment._replace(out_scale=None) for site in sites]
+            in_scale = shared_in_scale(*(site.in_scale for site in sites))
+            y = fused_linear(x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=in_scale)
+            return y if isinstance(y, tuple) else (y,)
+
+        if rows is None:
+            q_raw, k_raw, v_raw = project(x, q, k, v)
+        else:
+            k_raw, v_raw = project(x, k, v)
+            x = torch.take_along_dim(x, rows[..., None], dim=1)
+            (q_raw,) = project(x, q)
+
+        o = self._attend(attn, (q_raw, k_raw, v_raw), (q, k, v), cos_sin, mask, past_key_values, rows, eps)
+        site = read_linear(attn.o_proj)
+        x1 = fused_linear(o, [site.segment], in_scale=site.in_scale, residual=x)
+
+        mlp = self.mlp
+        gain, eps = read_norm(self.post_attention_layernorm)
+        gate, up = read_linear(mlp.gate_proj), read_linear(mlp.up_proj)
+        gate_up = fused_linear(
+            x1,
+            [gate.segment, up.segment],
+            prologue="rms_norm",
+            gain=gain,
+            eps=eps,
+            in_scale=shared_in_scale(gate.in_scale, up.in_scale),
+        )
+        site = read_linear(mlp.down_proj)
+        return fused_linear(gate_up, [site.segment], prologue="swiglu", in_scale=site.in_scale, residual=x1)
+
+    def _attend(self, attn, raw, sites, cos_sin, mask, cache, rows, eps) -> Tensor:
+        head_dim, scale = attn.head_dim, attn.scaling
+        gains, head_eps = [None, None], eps
+        for i, name in enumerate(("q_norm", "k_norm")):
+            if hasattr(attn, name):
+                gains[i], head_eps = read_norm(getattr(attn, name))
+        q_how, k_how, v_how = (
+            HeadTransform(site.segment.out_scale, gain) for site, gain in zip(sites, (*gains, None), strict=True)
+        )
+        prefix = getattr(attn, "prefix", None)
+        if prefix is not None and cache is not None and getattr(prefix, "lives_in_cache", False):
+            prefix = None
+        prefix = None if prefix is None else prefix()
+        cos, sin = cos_sin
+        if cache is None:
+            return attention(
+                *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, q_how=q_how, k_how=k_how,
+                v_scale=v_how.scale, eps=head_eps, prefix=prefix,
+            )  # fmt: skip
+        # Cached decoding: plain differentiable torch on what the cache returns.
+        q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)
+        k = transform_heads(raw[1], k_how, cos, sin, head_dim, head_eps)
+        v = transform_heads(raw[2], v_how, None, None, head_dim, head_eps)
+        k, v = cache.update(k, v, attn.layer_idx)
+        causal = mask is None and q.shape[2] > 1
+        out = concat_prefix_attention(q, k, v, scale=scale, mask=mask, causal=causal, prefix=prefix)
+        return out.transpose(1, 2).flatten(-2)
+
+
+def shared_in_scale(*scales: Tensor | None) -> Tensor | None:
+    """The one input scale of sites that share an input.
+
+    Raises:
+        ValueError: the sites have different input scales, so they do not share an input.
+    """
+    if all(scale is scales[0] for scale in scales):
+        return scales[0]
+    raise ValueError("fuse: sites that share an input (q, k, v; gate, up) need one input scale or none, got several")
+
+
+def full_mask(mask: Tensor | None, num_queries: int) -> Tensor | None:
+    """The mask as attention takes it: None (causal) or [B, 1, Tq, Tk]; a padding mask [B, Tk] (what flash attention
+    implementations are given) is combined with causality."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(f"fuse: expected an attention mask of 2 or 4 dimensions or none, got {type(mask).__name__}")
+    keys = mask.shape[1]
+    causal = torch.ones(num_queries, keys, dtype=torch.bool, device=mask.device).tril_(keys - num_queries)
+    return causal[None, None] & mask.bool()[:, None, None, :]
+
+
+class FusedRMSNorm(Swapped):
+    """Mixin for a norm that stays a module of its own (the final one): saves its input, no normalised copy."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gain, eps = read_norm(self)
+        return rms_norm(hidden_states, gain, eps)
+
+
+class Graphless(Swapped):
+    """Mixin for frozen parts before the decoder (vision tower): no autograd graph while nothing in them is trained,
+    even where an input was made to require grad."""
+
+    def forward(self, *args, **kwargs):
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            return super().forward(*args, **kwargs)
+        with torch.no_grad():
+            return super().forward(*args, **kwargs)
+
+
+def check_decoder_layer(layer: nn.Module) -> None:
+    """Raises ValueError where a layer's computation is not the one `FusedDecoderLayer` performs."""
+    attn, mlp = layer.self_attn, layer.mlp
+    name = type(layer).__name__
+    activation = getattr(layer.mlp.act_fn, "__class__", type(None)).__name__
+    if activation not in ("SiLU", "SiLUActivation"):
+        raise ValueError(f"fuse: {name} has activation {activation}; expected SiLU")
+    if getattr(attn, "attention_dropout", 0.0):
+        raise ValueError(f"fuse: {name} has attention dropout {attn.attention_dropout}; expected 0")
+    for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        read_linear(linear)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        read_norm(norm)

@@ -1,0 +1,109 @@
+"""A linear layer with PEFT primitives attached: the eager definition of every method but prefix and norm tuning.
+
+    y = post( (W pre(x * l_in) + b + parallel(x * l_in)) * l_out ),   branch(h) = s U f(D drop(h))
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast.layers.plan import BranchPlan
+from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype
+from mmpeft_fast.ops.segments import Branch, Segment
+
+
+class Bottleneck(nn.Module):
+    """One branch: `down` [R, K] and `up` [N, R], trained, in at least float32.
+
+    Args:
+        in_features, out_features: K and N of the branch itself (pre: K -> K, post: N -> N).
+        plan: position, rank, scaling, activation, dropout and initialisation.
+        like: tensor whose device and dtype (widened to float32) the parameters take.
+    """
+
+    def __init__(self, in_features: int, out_features: int, plan: BranchPlan, like: Tensor):
+        super().__init__()
+        self.plan = plan
+        options = {"dtype": accumulate_dtype(like.dtype), "device": like.device}
+        self.down = nn.Parameter(torch.empty(plan.rank, in_features, **options))
+        self.up = nn.Parameter(torch.empty(out_features, plan.rank, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.plan.init == "bert":
+            nn.init.normal_(self.down, std=0.02)
+            nn.init.normal_(self.up, std=0.02)
+        else:
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+            nn.init.zeros_(self.up)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The branch's contribution [..., N] to add, from h [..., K]."""
+        kept = nn.functional.dropout(h, self.plan.dropout, self.training)
+        a = kept @ self.down.to(h.dtype).t()
+        return self.plan.scaling * (ACTIVATIONS[self.plan.activation].function(a) @ self.up.to(h.dtype).t())
+
+    def branch(self) -> Branch:
+        """This branch as the fused op takes it; dropout only while training."""
+        plan = self.plan
+        dropout = plan.dropout if self.training else 0.0
+        return Branch(self.down, self.up, plan.scaling, plan.activation, plan.position, dropout, plan.stream)
+
+    def extra_repr(self) -> str:
+        plan = self.plan
+        return f"{plan.position}, rank={plan.rank}, scaling={plan.scaling}, {plan.activation}, p={plan.dropout}"
+
+
+class PeftLinear(nn.Linear):
+    """A frozen `nn.Linear` with branches and scales; names of its own parameters stay `weight` and `bias`.
+
+    Made from a linear layer in place by `PeftLinear.convert`; `forward` is the eager definition.
+    """
+
+    branches: nn.ModuleList
+    in_scale: nn.Parameter | None
+    out_scale: nn.Parameter | None
+
+    @classmethod
+    def convert(cls, linear: nn.Linear) -> "PeftLinear":
+        """Turns this instance into a PeftLinear without branches or scales; a PeftLinear is returned as it is.
+
+        Raises:
+            ValueError: not a plain `nn.Linear` (quantised, sharded or wrapped layers cannot carry branches).
+        """
+        if isinstance(linear, PeftLinear):
+            return linear
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"add_peft: expected a plain torch.nn.Linear to adapt, got {type(linear).__name__}")
+        linear.__class__ = cls
+        linear.branches = nn.ModuleList()
+        linear.register_parameter("in_scale", None)
+        linear.register_parameter("out_scale", None)
+        return linear
+
+    def add_branch(self, plan: BranchPlan) -> None:
+        in_features = self.out_features if plan.position == "post" else self.in_features
+        out_features = self.in_features if plan.position == "pre" else self.out_features
+        branch = Bottleneck(in_features, out_features, plan, self.weight)
+        self.branches.append(branch.train(self.training))
+
+    def add_scale(self, where: str) -> None:
+        """A trained vector of ones on the input or the output, as in IA3."""
+        width = self.in_features if where == "input" else self.out_features
+        options = {"dtype": accumulate_dtype(self.weight.dtype), "device": self.weight.device}
+        setattr(self, "in_scale" if where == "input" else "out_scale", nn.Parameter(torch.ones(width, **options)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.in_scale is None else (x * self.in_scale).to(x.dtype)
+        at = {
+            position: [b for b in self.branches if b.plan.position == position]
+            for position in ("pre", "parallel", "post")
+        }
+        y = nn.functional.linear(sum((branch(h) for branch in at["pre"]), h), self.weight, self.bias)
+        y = sum((branch(h) for branch in at["parallel"]), y)
+        y = y if self.out_scale is None else (y * self.out_scale).to(y.dtype)
+        return sum((branch(y) for branch in at["post"]), y)
+
+    def segment(self) -> Segment:
+        return Segment(self.weight, self.bias, tuple(branch.branch() for branch in self.branches), self.out_scale)

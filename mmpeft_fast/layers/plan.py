@@ -1,0 +1,51 @@
+"""What a method asks for: a placement of the four primitives on roles of a decoder layer, free of any model.
+
+A method file builds a `Plan`; a family file says which module plays which role; `peft_model` brings the two together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION_ROLES = ("q", "k", "v", "o")
+MLP_ROLES = ("gate", "up", "down")
+NORM_ROLES = ("input_norm", "post_attention_norm", "final_norm")
+PARTS = ("connector", "embeddings", "head")
+
+# kaiming: down Kaiming-uniform, up zero (LoRA; LLM-Adapters' `mam_adapter`). bert: both N(0, 0.02) (study's Adapter).
+INITS = ("kaiming", "bert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchPlan:
+    """A bottleneck branch `scaling * U f(D drop(.))` of rank `rank`."""
+
+    position: str
+    rank: int
+    scaling: float = 1.0
+    activation: str = "identity"
+    dropout: float = 0.0
+    init: str = "kaiming"
+    stream: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixPlan:
+    """`num_virtual_tokens` trainable keys and values a layer; with `projection` they come from an embedding through
+    Linear, tanh, Linear of inner width `projection_width` (the decoder's hidden size when None)."""
+
+    num_virtual_tokens: int
+    projection: bool = False
+    projection_width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """branches and scales by linear role (scales: "input" or "output"), norm roles whose gain is trained, and whole
+    parts of the model that are trained besides."""
+
+    branches: Mapping[str, BranchPlan] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
+    prefix: PrefixPlan | None = None
+    gains: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()

@@ -1,0 +1,71 @@
+"""Bottleneck adapters: the study's series form (arXiv 2406.05130) and LLM-Adapters' parallel one (Hu et al. 2023).
+
+    series:   pre  y = W (x + s U f(D drop x)) + b  on q, k, v, gate, up
+              post y = z + s U f(D drop z), z = W x + b  on o, down
+    parallel: y = W x + b + s U f(D drop x)
+"""
+
+from dataclasses import dataclass
+
+from mmpeft_fast.layers.plan import INITS, LINEAR_ROLES, BranchPlan, Plan
+from mmpeft_fast.methods.method import Method, check_number, resolve_targets
+from mmpeft_fast.ops.activations import ACTIVATIONS
+
+_POST_ROLES = ("o", "down")
+_PLACEMENTS = ("series", "parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    """A bottleneck with activation f on each target; defaults are the study's.
+
+    Attributes:
+        bottleneck: width b of D [b, in] and U [out, b], no biases.
+        activation: f.
+        dropout: on the bottleneck's input, in [0, 1).
+        scaling: s.
+        targets: "attention", "mlp", "both", or roles.
+        placement: "series" or "parallel".
+        init: "bert" (both N(0, 0.02): not the identity at step 0) or "kaiming" (D Kaiming, U zero; `mam_adapter`).
+    """
+
+    bottleneck: int = 256
+    activation: str = "tanh"
+    dropout: float = 0.05
+    scaling: float = 1.0
+    targets: str | tuple[str, ...] = "mlp"
+    placement: str = "series"
+    init: str = "bert"
+
+    def __post_init__(self):
+        check_number("Adapter", "bottleneck", self.bottleneck, low=1, integer=True)
+        check_number("Adapter", "dropout", self.dropout, low=0, high=1)
+        check_number("Adapter", "scaling", self.scaling, low=0)
+        for name, value, allowed in (
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("placement", self.placement, _PLACEMENTS),
+            ("init", self.init, INITS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Adapter: expected {name} in {list(allowed)}, got {value!r}")
+        resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
+
+    def plan(self) -> Plan:
+        def position(role: str) -> str:
+            if self.placement == "parallel":
+                return "parallel"
+            return "post" if role in _POST_ROLES else "pre"
+
+        return Plan(
+            branches={
+                role: BranchPlan(
+                    position=position(role),
+                    rank=self.bottleneck,
+                    scaling=self.scaling,
+                    activation=self.activation,
+                    dropout=self.dropout,
+                    init=self.init,
+                )
+                for role in resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
+            }
+        )

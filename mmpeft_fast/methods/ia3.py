@@ -1,0 +1,30 @@
+"""IA3 (Liu et al. 2022, section 3.3): k and v are scaled after, the MLP's inner activation before its linear layer."""
+
+from dataclasses import dataclass
+
+from mmpeft_fast.layers.plan import LINEAR_ROLES, Plan
+from mmpeft_fast.methods.method import Method, resolve_targets
+
+_INPUT_ROLES = ("down",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """A trained vector, initially ones, on each target: on the input of `down`, on the output (bias included) of others.
+
+    Attributes:
+        targets: "attention" (k, v), "mlp" (down), "both", or any roles.
+    """
+
+    targets: str | tuple[str, ...] = ("k", "v", "down")
+
+    def __post_init__(self):
+        self._roles()
+
+    def _roles(self) -> tuple[str, ...]:
+        # The named locations mean IA3's own sites; an explicit list may name any role.
+        allowed = ("k", "v", "down") if isinstance(self.targets, str) else LINEAR_ROLES
+        return resolve_targets(self.targets, allowed, "IA3")
+
+    def plan(self) -> Plan:
+        return Plan(scales={role: "input" if role in _INPUT_ROLES else "output" for role in self._roles()})

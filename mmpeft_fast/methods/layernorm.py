@@ -1,0 +1,26 @@
+"""Tuning LayerNorm in attention (arXiv 2312.11420): the two norms of every block, and what the paper trains beside."""
+
+from dataclasses import dataclass
+
+from mmpeft_fast.layers.plan import Plan
+from mmpeft_fast.methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(Method):
+    """The gains of every block's norms; alone this is the paper's LayerNorm-simp.
+
+    Attributes:
+        final: the norm after the last block too (as in HF PEFT's LN-tuning).
+        connector, embeddings, head: these parts are trained as well (all three: the paper's LayerNorm).
+    """
+
+    final: bool = False
+    connector: bool = False
+    embeddings: bool = False
+    head: bool = False
+
+    def plan(self) -> Plan:
+        norms = ("input_norm", "post_attention_norm") + (("final_norm",) if self.final else ())
+        parts = tuple(part for part in ("connector", "embeddings", "head") if getattr(self, part))
+        return Plan(gains=norms, parts=parts)

@@ -1,0 +1,54 @@
+"""LoRA (Hu et al. 2021, eq. 3): y = W x + (alpha / r) B A drop(x), A Kaiming, B zero."""
+
+import math
+from dataclasses import dataclass
+
+from mmpeft_fast.layers.plan import LINEAR_ROLES, BranchPlan, Plan
+from mmpeft_fast.methods.method import Method, check_number, resolve_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """A parallel branch with f = identity on each target; defaults are the study's.
+
+    Attributes:
+        r: rank.
+        alpha: numerator of the scaling alpha / r.
+        dropout: on the branch's input, in [0, 1).
+        targets: "attention", "mlp", "both", or roles among q, k, v, o, gate, up, down.
+        rank_stabilized: scaling alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+        independent_masks: one dropout mask a site, as in HF PEFT; otherwise sites that share an input share a mask,
+            which has the same distribution for each of them and costs one skinny GEMM instead of several.
+    """
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    targets: str | tuple[str, ...] = "both"
+    rank_stabilized: bool = False
+    independent_masks: bool = False
+
+    def __post_init__(self):
+        check_number("LoRA", "r", self.r, low=1, integer=True)
+        check_number("LoRA", "alpha", self.alpha, low=0)
+        check_number("LoRA", "dropout", self.dropout, low=0, high=1)
+        resolve_targets(self.targets, LINEAR_ROLES, "LoRA")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
+
+    def plan(self) -> Plan:
+        roles = resolve_targets(self.targets, LINEAR_ROLES, "LoRA")
+        return Plan(
+            branches={
+                role: BranchPlan(
+                    position="parallel",
+                    rank=self.r,
+                    scaling=self.scaling,
+                    dropout=self.dropout,
+                    stream=LINEAR_ROLES.index(role) if self.independent_masks else 0,
+                )
+                for role in roles
+            }
+        )

@@ -1,0 +1,35 @@
+"""Prefix-tuning (Li & Liang 2021): trainable keys and values in front of every layer's own."""
+
+from dataclasses import dataclass
+
+from mmpeft_fast.layers.plan import Plan, PrefixPlan
+from mmpeft_fast.methods.method import Method, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Method):
+    """P virtual tokens a layer, not rotated; text positions start at P.
+
+    Attributes:
+        num_virtual_tokens: P.
+        projection: keys and values come from an embedding through Linear, tanh, Linear (the study's LLaVA setting).
+        projection_width: inner width of that; the decoder's hidden size when None.
+    """
+
+    num_virtual_tokens: int = 20
+    projection: bool = False
+    projection_width: int | None = None
+
+    def __post_init__(self):
+        check_number("Prefix", "num_virtual_tokens", self.num_virtual_tokens, low=1, integer=True)
+        if self.projection_width is not None:
+            check_number("Prefix", "projection_width", self.projection_width, low=1, integer=True)
+
+    def plan(self) -> Plan:
+        return Plan(
+            prefix=PrefixPlan(
+                num_virtual_tokens=self.num_virtual_tokens,
+                projection=self.projection,
+                projection_width=self.projection_width,
+            )
+        )

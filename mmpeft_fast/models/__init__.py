@@ -1,0 +1,106 @@
+"""Model families. A new family is one file and one line in `FAMILIES`."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
+
+from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.llava import LLAVA
+from mmpeft_fast.models.qwen2_5_vl import QWEN2_5_VL
+from mmpeft_fast.models.qwen2_vl import QWEN2_VL
+from mmpeft_fast.models.qwen3_vl import QWEN3_VL
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "base_model",
+    "empty_model",
+    "family_of",
+    "load_pretrained",
+    "tiny_model",
+    "tiny_processor",
+]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a wrapper that offers `get_base_model` (HF PEFT), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _family_for(model_type: str, what: str) -> Family:
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = sorted(name for family in FAMILIES.values() for name in family.model_types)
+    raise ValueError(f"{what} has model type {model_type!r}; expected one of {known}")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family a model belongs to.
+
+    Raises:
+        ValueError: unknown model type, or not a model for conditional generation.
+    """
+    model = base_model(model)
+    config = getattr(model, "config", None)
+    family = _family_for(getattr(config, "model_type", type(model).__name__), type(model).__name__)
+    if not isinstance(model, family.model_class):
+        raise ValueError(f"expected a {family.model_class.__name__}, got {type(model).__name__}")
+    return family
+
+
+def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, object]:
+    """A real checkpoint and its processor, by local folder or hub name, with SDPA attention.
+
+    Raises:
+        ValueError: no such model, or not of a known family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+        family = _family_for(config.model_type, f"model {name_or_path!r}")
+        model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+        processor = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, KeyError) as error:
+        kind = "folder" if Path(name_or_path).is_dir() else "model name"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load a model and its processor from {kind} {name_or_path!r}: {reason}") from error
+    return model, processor
+
+
+def empty_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model on the meta device: shapes and dtypes without memory, for counting."""
+    family = _family_for(config.model_type, "configuration")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            config._attn_implementation = "sdpa"
+            return family.model_class(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def tiny_model(family_name: str, tokenizer, *, seed: int) -> PreTrainedModel:
+    """A randomly initialised model of a few million parameters for `tokenizer`, the same for the same seed."""
+    if family_name not in FAMILIES:
+        raise ValueError(f"unknown model family {family_name!r}; expected one of {sorted(FAMILIES)}")
+    family = FAMILIES[family_name]
+    missing = [token for token in family.special_tokens if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(f"the tokenizer lacks special tokens {missing} of family {family_name!r}")
+    config = family.tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids)
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family.model_class(config)
+
+
+def tiny_processor(family_name: str, tokenizer):
+    """The real processor class of a family around `tokenizer`, for the image size of `tiny_model`."""
+    if family_name not in FAMILIES:
+        raise ValueError(f"unknown model family {family_name!r}; expected one of {sorted(FAMILIES)}")
+    return FAMILIES[family_name].tiny_processor(tokenizer)

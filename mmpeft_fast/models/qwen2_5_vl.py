@@ -1,0 +1,61 @@
+"""Qwen2.5-VL (Bai et al. 2025): Qwen2-VL's decoder behind a tower with window attention."""
+
+from dataclasses import replace
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, tiny_text, token_ids
+
+
+def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": hidden,
+        },
+        tie_word_embeddings=False,
+    )
+
+
+def _tiny_config(vocab_size: int, token_id) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config=tiny_text(vocab_size, token_id),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 256,
+            "patch_size": TINY_PATCH_SIZE,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=False,
+        **token_ids(token_id),
+    )
+
+
+QWEN2_5_VL = replace(
+    QWEN2_VL,
+    name="qwen2_5_vl",
+    model_class=Qwen2_5_VLForConditionalGeneration,
+    model_types=("qwen2_5_vl",),
+    sizes={
+        "qwen2.5-vl-7b": lambda: _config(3584, 18944, 28, 28, 4, 152064),
+        "qwen2.5-vl-72b": lambda: _config(8192, 29568, 80, 64, 8, 152064),
+    },
+    tiny_config=_tiny_config,
+)

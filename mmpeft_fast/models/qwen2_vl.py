@@ -1,0 +1,123 @@
+"""Qwen2-VL (Wang et al. 2024): mRoPE, grouped-query attention, biases on q, k, v; also what its successors share."""
+
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmpeft_fast.models.family import Family
+
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+# ChatML as the published processors write it; the loss covers what is inside `generation`.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>{% endgeneration %}\n"
+    "{% elif message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TINY_PATCH_SIZE = 8
+
+
+def token_ids(token_id) -> dict[str, int]:
+    """The multimodal token ids that Qwen-VL configurations carry."""
+    return {
+        "image_token_id": token_id("<|image_pad|>"),
+        "video_token_id": token_id("<|video_pad|>"),
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
+    }
+
+
+def tiny_text(vocab_size: int, token_id, **extra) -> dict:
+    """Text configuration shared by the tiny models: grouped-query attention, head dim 64, mRoPE sections 8, 12, 12."""
+    return {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+        "pad_token_id": token_id("<pad>"),
+        "bos_token_id": token_id("<s>"),
+        "eos_token_id": token_id("<|im_end|>"),
+        "tie_word_embeddings": False,
+    } | extra
+
+
+def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Qwen2VLConfig:
+    return Qwen2VLConfig(
+        text_config={
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": tied,
+        },
+        vision_config={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": hidden, "mlp_ratio": 4},
+        tie_word_embeddings=tied,
+    )
+
+
+def _tiny_config(vocab_size: int, token_id) -> Qwen2VLConfig:
+    return Qwen2VLConfig(
+        text_config=tiny_text(vocab_size, token_id),
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "num_heads": 4,
+            "hidden_size": 256,
+            "mlp_ratio": 2,
+            "patch_size": TINY_PATCH_SIZE,
+        },
+        tie_word_embeddings=False,
+        **token_ids(token_id),
+    )
+
+
+def tiny_processor(tokenizer) -> Qwen2VLProcessor:
+    """64 x 64 pixel images give 8 x 8 patches, merged to 16 tokens."""
+    pixels = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
+    options = {"patch_size": TINY_PATCH_SIZE, "merge_size": 2, "size": pixels}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**options),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**options),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    model_class=Qwen2VLForConditionalGeneration,
+    model_types=("qwen2_vl",),
+    decoder="model.language_model",
+    connector=("model.visual.merger",),
+    vision_tower=("model.visual.patch_embed", "model.visual.blocks.*"),
+    output_class=CausalLMOutputWithPast,
+    sizes={
+        "qwen2-vl-2b": lambda: _config(1536, 8960, 28, 12, 2, 151936, True),
+        "qwen2-vl-7b": lambda: _config(3584, 18944, 28, 28, 4, 152064, False),
+    },
+    tiny_config=_tiny_config,
+    tiny_processor=tiny_processor,
+    special_tokens=SPECIAL_TOKENS,
+    chat_template=CHAT_TEMPLATE,
+)

@@ -1,0 +1,88 @@
+"""Counter-based dropout: the mask is a function of (seed, stream, row, column), regenerated wherever it is needed.
+
+Philox4x32-10 (Salmon et al., SC'11, "Parallel random numbers: as easy as 1, 2, 3"). One call gives eight 16-bit
+lanes, so element (m, k) of an [M, K] tensor is lane k % 8 of counter (k // 8, m, stream, 0) under key `seed`.
+An element is dropped where its lane, read as a signed 16-bit integer, is below `round(p * 2**16) - 2**15`.
+The same seed gives the same bits in every provider, whatever the device, thread count or tile size.
+"""
+
+import torch
+from torch import Tensor
+
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW_32 = 0xFFFFFFFF
+_LANES = 8
+# Counters a chunk: bounds scratch memory (five 64-bit words a counter); smaller chunks only add launches.
+_CHUNK_COUNTERS = 1 << 17
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh 0-dim int64 seed from torch's generator of `device`: reproducible by `torch.manual_seed`, no host sync,
+    and replayed by activation checkpointing, which restores that generator."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def keep_probability(p: float) -> float:
+    """The exact probability with which an element is kept: `p` rounded to 16 bits."""
+    return 1.0 - round(p * 65536) / 65536
+
+
+def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit counters.
+
+    Returns four int64 tensors whose low 32 bits are the result; the upper 32 bits of two of them are not meaningful.
+    The four arguments are used as scratch memory.
+    """
+    k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
+    product_0, product_1 = torch.empty_like(c0), torch.empty_like(c0)
+    for _ in range(_ROUNDS):
+        torch.mul(c0, _MULTIPLIER_0, out=product_0)
+        torch.mul(c2, _MULTIPLIER_1, out=product_1)
+        # Only words that are multiplied next need their upper halves cleared; the sign extension goes with them.
+        torch.bitwise_right_shift(product_1, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW_32)
+        torch.bitwise_right_shift(product_0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW_32)
+        c1, product_1 = product_1, c1
+        c3, product_0 = product_0, c3
+        k0, k1 = (k0 + _WEYL_0) & _LOW_32, (k1 + _WEYL_1) & _LOW_32
+    return c0, c1, c2, c3
+
+
+def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:
+    """Which elements of a [num_rows, num_cols] tensor are dropped with probability `p`.
+
+    Args:
+        seed: 0-dim int64 tensor, on the device of the result.
+        p: dropout probability, 0 <= p < 1.
+        stream: separates masks that share a seed.
+
+    Returns:
+        Bool tensor [num_rows, num_cols].
+    """
+    threshold = round(p * 65536) - 32768
+    num_blocks = -(-num_cols // _LANES)
+    col = torch.arange(num_blocks, device=seed.device)
+    mask = torch.empty(num_rows, num_blocks * _LANES, dtype=torch.bool, device=seed.device)
+    rows_per_chunk = max(1, _CHUNK_COUNTERS // max(1, num_blocks))
+    for start in range(0, num_rows, rows_per_chunk):
+        row = torch.arange(start, min(start + rows_per_chunk, num_rows), device=seed.device)
+        counters = torch.zeros(4, len(row), num_blocks, dtype=torch.int64, device=seed.device)
+        counters[0] = col
+        counters[1] = row[:, None]
+        counters[2] = stream
+        words = philox_4x32(*counters.unbind(), seed)
+        lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
+        torch.lt(lanes.flatten(1), threshold, out=mask[start : start + len(row)])
+    return mask[:, :num_cols]
+
+
+def dropout_ref(x: Tensor, seed: Tensor, p: float, *, stream: int = 0) -> Tensor:
+    """`x` [..., K] with elements dropped and the rest divided by the probability of being kept; differentiable."""
+    if p == 0.0:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    mask = dropped(seed, rows.shape[0], rows.shape[1], p, stream=stream).view(x.shape)
+    return x.masked_fill(mask, 0.0) / keep_probability(p)

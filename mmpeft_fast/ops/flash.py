@@ -1,0 +1,150 @@
+"""The library's flash attention with its log-sum-exp, forward and backward, one entry for every device.
+
+    lse = log sum_j exp(s_ij),  o = sum_j exp(s_ij - lse_i) v_j,  s = scale q k^T (+ mask)
+
+The backward uses only exp(s - lse) and sum(do * o): called with the o and lse of a *larger* softmax that contains
+these keys, it returns the exact gradients of this part. Attention with a trainable prefix rests on that.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmpeft_fast.ops.activations import accumulate_dtype
+
+_aten = torch.ops.aten
+# The CUDA flash kernels take half precision and head dimensions that are multiples of 8 up to 256.
+_CUDA_FLASH_MAX_HEAD_DIM = 256
+
+
+class FlashResult(NamedTuple):
+    """out [B, H, Tq, DH] (laid out like q), lse [B, H, Tq], and what the kernel's own backward needs besides."""
+
+    out: Tensor
+    lse: Tensor
+    extra: tuple
+
+
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask (True = may attend) as 0 / -inf in `dtype`; float masks are cast."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _kernel(q: Tensor, mask: Tensor | None) -> str:
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type == "cuda":
+        head_dim, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
+        if half and mask is None and head_dim % 8 == 0 and head_dim <= _CUDA_FLASH_MAX_HEAD_DIM:
+            return "cuda_flash"
+        if q.dtype != torch.float64 and head_dim % 8 == 0:
+            return "cuda_efficient"
+    return "math"
+
+
+def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _sum_head_groups(dx: Tensor, num_kv_heads: int) -> Tensor:
+    if dx.shape[1] == num_kv_heads:
+        return dx
+    return dx.unflatten(1, (num_kv_heads, -1)).sum(2)
+
+
+def _padded_bias(mask: Tensor, q: Tensor, num_keys: int) -> Tensor:
+    """The efficient kernel wants a bias [B, H, Tq, Tk] whose rows are 16-element aligned."""
+    bias = torch.nn.functional.pad(additive_mask(mask, q.dtype), (0, -num_keys % 16))[..., :num_keys]
+    return bias.expand(q.shape[0], q.shape[1], q.shape[2], num_keys)
+
+
+def _math_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    wide = accumulate_dtype(q.dtype)
+    scores = q.to(wide) @ _expand_heads(k, q.shape[1]).to(wide).mT * scale
+    if causal:
+        rows, cols = scores.shape[-2:]
+        later = torch.ones(rows, cols, dtype=torch.bool, device=q.device).triu_(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores if mask is None else scores + additive_mask(mask, wide)
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> FlashResult:
+    """q [B, H, Tq, DH]; k, v [B, HK, Tk, DH], HK divides H; mask [B or 1, 1 or H, Tq, Tk] bool or additive, or None;
+    `causal` (Tq = Tk) excludes a mask. Rows that may attend to nothing give out = 0; their lse is the kernel's."""
+    kernel = _kernel(q, mask)
+    if kernel == "cpu":
+        bias = additive_mask(mask, q.dtype)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        return FlashResult(out, lse, ())
+    if kernel == "cuda_flash":
+        out, lse, *extra = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return FlashResult(out, lse, tuple(extra[:6]))
+    if kernel == "cuda_efficient":
+        heads = q.shape[1]
+        bias = None if mask is None else _padded_bias(mask, q, k.shape[2])
+        out, lse, *extra = _aten._scaled_dot_product_efficient_attention(
+            q, _expand_heads(k, heads), _expand_heads(v, heads), bias, True, 0.0, causal, scale=scale
+        )
+        return FlashResult(out, lse, tuple(extra))
+    scores = _math_scores(q, k, mask, causal, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    out = (weights @ _expand_heads(v, q.shape[1]).to(weights.dtype)).to(q.dtype)
+    return FlashResult(out, lse, ())
+
+
+def flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    result: FlashResult,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes of q, k, v; `result` may hold the out and lse of a softmax over further keys."""
+    out, lse, extra = result
+    kernel = _kernel(q, mask)
+    if kernel == "cpu":
+        bias = additive_mask(mask, q.dtype)
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    if kernel == "cuda_flash":
+        cum_q, cum_k, max_q, max_k, philox_seed, philox_offset = extra
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, philox_seed, philox_offset, scale=scale
+        )
+        return dq, dk, dv
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if kernel == "cuda_efficient":
+        bias = None if mask is None else _padded_bias(mask, q, k.shape[2])
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            dout,
+            q,
+            _expand_heads(k, heads),
+            _expand_heads(v, heads),
+            bias,
+            out,
+            lse,
+            *extra,
+            0.0,
+            [True, True, True, False],
+            causal,
+            scale=scale,
+        )
+        return dq, _sum_head_groups(dk, kv_heads), _sum_head_groups(dv, kv_heads)
+    scores = _math_scores(q, k, mask, causal, scale)
+    wide = scores.dtype
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    dout_wide, k_wide, v_wide = dout.to(wide), _expand_heads(k, heads).to(wide), _expand_heads(v, heads).to(wide)
+    delta = (dout_wide * out.to(wide)).sum(-1, keepdim=True)
+    dscores = weights * (dout_wide @ v_wide.mT - delta)
+    dq = (dscores @ k_wide * scale).to(q.dtype)
+    dk = _sum_head_groups(dscores.mT @ q.to(wide) * scale, kv_heads).to(k.dtype)
+    dv = _sum_head_groups(weights.mT @ dout_wide, kv_heads).to(v.dtype)
+    return dq, dk, dv

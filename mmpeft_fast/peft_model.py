@@ -1,0 +1,167 @@
+"""Adding PEFT parameters to a model, and fusing it: the only place where methods and families meet.
+
+    add_peft(model, method)   attaches a method's parameters, eager definition
+    fuse(model)               same parameters, same results, fused computation
+    unfuse(model)             back to what it was
+"""
+
+from torch import nn
+
+from mmpeft_fast import hf_peft
+from mmpeft_fast.layers.causal_lm import FusedCausalLM
+from mmpeft_fast.layers.class_swap import is_swapped, restore_class, swap_class
+from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless, check_decoder_layer
+from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.plan import Plan
+from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
+from mmpeft_fast.layers.sites import read_norm
+from mmpeft_fast.methods import Method
+from mmpeft_fast.models import Family, base_model, family_of
+
+__all__ = ["add_peft", "fuse", "is_fused", "unfuse"]
+
+# Attributes that fuse puts on modules; unfuse removes them.
+_FUSE_ATTRIBUTES = ("is_tail", "keep_logits", "output_class", "sparse_last_layer")
+
+
+def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False) -> nn.Module:
+    """Freezes the model and attaches a method's trainable parameters, in place.
+
+    Base parameters keep their names; new ones lie beside them (`q_proj.branches.0.down`, `down_proj.in_scale`,
+    `prefix_encoder.embedding.weight`), in at least float32.
+
+    Args:
+        model: a transformers model of a known family, on any device (`meta` too).
+        method: LoRA, IA3, Adapter, Prefix or LayerNorm.
+        train_connector: also trains the modules between vision tower and decoder.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown family, PEFT parameters present already, a site that cannot carry a branch.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"add_peft: expected a method such as LoRA(r=16), got {method!r}")
+    if model is not base_model(model):
+        raise ValueError("add_peft: the model carries HF PEFT adapters already; expected a plain transformers model")
+    family = family_of(model)
+    decoder = family.decoder_of(model)
+    if any(isinstance(module, PeftLinear) for module in decoder.modules()) or hasattr(decoder, "prefix_encoder"):
+        raise ValueError("add_peft: the model carries PEFT parameters already; expected one without")
+    if is_fused(model):
+        raise ValueError("add_peft: the model is fused; call unfuse(model) first")
+    plan = method.plan()
+    layers = family.layers_of(model)
+    sites = {role: [layer.get_submodule(path) for layer in layers] for role, path in _sites_of(family, plan)}
+    for role in (*plan.branches, *plan.scales):
+        for linear in sites[role]:
+            if not isinstance(linear, PeftLinear) and type(linear) is not nn.Linear:
+                raise ValueError(
+                    f"add_peft: role {role!r} is a {type(linear).__name__}; expected a plain torch.nn.Linear"
+                )
+
+    model.requires_grad_(False)
+    for role, branch in plan.branches.items():
+        for linear in sites[role]:
+            PeftLinear.convert(linear).add_branch(branch)
+    for role, where in plan.scales.items():
+        for linear in sites[role]:
+            PeftLinear.convert(linear).add_scale(where)
+    for role in plan.gains:
+        for norm in [decoder.norm] if role == "final_norm" else sites[role]:
+            norm.requires_grad_(True)
+    if plan.prefix is not None:
+        _add_prefix(decoder, plan)
+    parts = set(plan.parts) | ({"connector"} if train_connector else set())
+    for module in _part_modules(model, family, parts):
+        module.requires_grad_(True)
+    return model
+
+
+def _sites_of(family: Family, plan: Plan) -> list[tuple[str, str]]:
+    wanted = [*plan.branches, *plan.scales, *(role for role in plan.gains if role != "final_norm")]
+    unknown = [role for role in wanted if role not in family.layer_roles]
+    if unknown:
+        raise ValueError(f"family {family.name!r} has no roles {unknown}; expected roles in {list(family.layer_roles)}")
+    return [(role, family.layer_roles[role]) for role in dict.fromkeys(wanted)]
+
+
+def _part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.Module]:
+    modules = family.modules_at(model, family.connector) if "connector" in parts else []
+    if "embeddings" in parts:
+        modules.append(model.get_input_embeddings())
+    if "head" in parts:
+        modules.append(model.get_output_embeddings())
+    return modules
+
+
+def _add_prefix(decoder: nn.Module, plan: Plan) -> None:
+    config = decoder.config
+    attentions = [layer.self_attn for layer in decoder.layers]
+    encoder = PrefixEncoder(
+        plan.prefix,
+        num_layers=len(attentions),
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attentions[0].head_dim,
+        hidden_size=config.hidden_size,
+        like=decoder.norm.weight,
+    )
+    attach_prefix(decoder, attentions, encoder)
+
+
+def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
+    """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
+
+    No parameter is created, moved or renamed. In training with labels the fused model takes its loss from the
+    token-sparse tail and returns `logits=None`; everything else returns what it did before.
+
+    Args:
+        model: a transformers model of a known family, with `add_peft` parameters or without, or a model that HF PEFT
+            has prepared (LoRA, IA3, LN-tuning, prefix-tuning). Any device, `meta` and fake tensors too.
+        keep_logits: training forward passes return full logits.
+
+    Returns:
+        The same model. Fusing twice is harmless; `keep_logits` of the last call counts.
+
+    Raises:
+        ValueError: unknown family, or a layer whose computation the fused one would not reproduce; the model is then
+            unchanged.
+    """
+    hf_peft.register_readers()
+    base = base_model(model)
+    family = family_of(base)
+    decoder, layers = family.decoder_of(base), family.layers_of(base)
+    for layer in layers:
+        check_decoder_layer(layer)
+    read_norm(decoder.norm)
+
+    for layer in layers:
+        swap_class(layer, FusedDecoderLayer)
+    layers[-1].is_tail = True
+    swap_class(decoder.norm, FusedRMSNorm)
+    for module in family.modules_at(base, family.vision_tower):
+        swap_class(module, Graphless)
+    swap_class(base, FusedCausalLM)
+    base.keep_logits = keep_logits
+    base.output_class = family.output_class
+    base.sparse_last_layer = family.sparse_last_layer(base.config)
+    hf_peft.fuse_prefix(model, decoder)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
+    base = base_model(model)
+    if is_fused(model):
+        hf_peft.unfuse_prefix(model, family_of(base).decoder_of(base))
+    for module in model.modules():
+        if is_swapped(module):
+            restore_class(module)
+            for name in _FUSE_ATTRIBUTES:
+                module.__dict__.pop(name, None)
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    return is_swapped(base_model(model))
