@@ -1,8 +1,8 @@
 """mmpeft-fast: parameter-efficient fine-tuning of multimodal LLMs at the cost of running the frozen model.
 
-    import mmpeft_fast
-    mmpeft_fast.add_peft(model, mmpeft_fast.LoRA(r=16, alpha=32))
-    mmpeft_fast.fuse(model)
+import mmpeft_fast
+mmpeft_fast.add_peft(model, mmpeft_fast.LoRA(r=16, alpha=32))
+mmpeft_fast.fuse(model)
 """
 
 import importlib

@@ -5,9 +5,10 @@ Every sub-command lives in a module with `add_arguments(parser)` and `run(args) 
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 from typing import NoReturn
+
+from mmpeft_fast import __version__
 
 # name: (module, one line of help)
 COMMANDS = {
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser(argv).parse_args(argv)
         return args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
@@ -58,9 +59,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         description="Parameter-efficient fine-tuning of multimodal LLMs at the cost of the frozen model.",
         epilog="`mmpeft-fast COMMAND --help` shows a command's options.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"mmpeft-fast {importlib.metadata.version('mmpeft-fast')}"
-    )
+    parser.add_argument("--version", action="version", version=f"mmpeft-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, (module_name, summary) in COMMANDS.items():

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 
+from mmpeft_fast import __version__
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
 
 
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, of this package and of those it stands on; None for one that is not installed."""
-    found = {"python": platform.python_version(), "mmpeft-fast": _version("mmpeft-fast")}
+    found = {"python": platform.python_version(), "mmpeft-fast": __version__}
     return found | {name: _version(name) for name in PACKAGES}
 
 

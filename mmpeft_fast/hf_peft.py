@@ -42,7 +42,9 @@ def _read_lora(module: PeftLoraLinear) -> LinearSite:
 
 def _read_ia3(module: PeftIA3Linear) -> LinearSite:
     site = read_linear(module.get_base_layer())
-    vectors = [] if _inactive(module) else [module.ia3_l[name] for name in module.active_adapters if name in module.ia3_l]
+    vectors = (
+        [] if _inactive(module) else [module.ia3_l[name] for name in module.active_adapters if name in module.ia3_l]
+    )
     if not vectors:
         return site
     scale = functools.reduce(torch.mul, (vector.flatten() for vector in vectors))

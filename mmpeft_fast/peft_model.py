@@ -1,8 +1,8 @@
 """Adding PEFT parameters to a model, and fusing it: the only place where methods and families meet.
 
-    add_peft(model, method)   attaches a method's parameters, eager definition
-    fuse(model)               same parameters, same results, fused computation
-    unfuse(model)             back to what it was
+add_peft(model, method)   attaches a method's parameters, eager definition
+fuse(model)               same parameters, same results, fused computation
+unfuse(model)             back to what it was
 """
 
 from torch import nn

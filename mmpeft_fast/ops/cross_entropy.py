@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             dlogits = logits.sub_(lse).exp_()
             dlogits.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-            dlogits.mul_((kept / count)[:, None].to(wide))
+            dlogits.mul_((kept.to(wide) / count)[:, None])
             narrow = dlogits.to(x.dtype)
             if need_dx:
                 torch.mm(narrow, weight, out=dx[start : start + chunk])

@@ -9,6 +9,8 @@ The same seed gives the same bits in every provider, whatever the device, thread
 import torch
 from torch import Tensor
 
+from mmpeft_fast.ops.library import LIBRARY
+
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -51,17 +53,7 @@ def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) ->
     return c0, c1, c2, c3
 
 
-def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:
-    """Which elements of a [num_rows, num_cols] tensor are dropped with probability `p`.
-
-    Args:
-        seed: 0-dim int64 tensor, on the device of the result.
-        p: dropout probability, 0 <= p < 1.
-        stream: separates masks that share a seed.
-
-    Returns:
-        Bool tensor [num_rows, num_cols].
-    """
+def _dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, stream: int) -> Tensor:
     threshold = round(p * 65536) - 32768
     num_blocks = -(-num_cols // _LANES)
     col = torch.arange(num_blocks, device=seed.device)
@@ -76,7 +68,31 @@ def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int
         words = philox_4x32(*counters.unbind(), seed)
         lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
         torch.lt(lanes.flatten(1), threshold, out=mask[start : start + len(row)])
-    return mask[:, :num_cols]
+    return mask if mask.shape[1] == num_cols else mask[:, :num_cols].contiguous()
+
+
+# One op to the dispatcher: a provider replaces it by device, and fake tensors need not trace its arithmetic.
+LIBRARY.define("dropped(Tensor seed, SymInt num_rows, SymInt num_cols, float p, int stream) -> Tensor")
+LIBRARY.impl("dropped", _dropped, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mmpeft_fast::dropped", lib=LIBRARY)
+def _(seed, num_rows, num_cols, p, stream):
+    return seed.new_empty((num_rows, num_cols), dtype=torch.bool)
+
+
+def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:
+    """Which elements of a [num_rows, num_cols] tensor are dropped with probability `p`.
+
+    Args:
+        seed: 0-dim int64 tensor, on the device of the result.
+        p: dropout probability, 0 <= p < 1.
+        stream: separates masks that share a seed.
+
+    Returns:
+        Bool tensor [num_rows, num_cols].
+    """
+    return torch.ops.mmpeft_fast.dropped(seed, num_rows, num_cols, p, stream)
 
 
 def dropout_ref(x: Tensor, seed: Tensor, p: float, *, stream: int = 0) -> Tensor:

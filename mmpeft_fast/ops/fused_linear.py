@@ -65,11 +65,17 @@ class _Masks:
         return self._operands[key]
 
     def add_product_(self, out: Tensor, key: tuple[float, int] | None, da: Tensor, down: Tensor) -> None:
-        """out += mask * (da down), in place: the backward of `apply` followed by the shrink."""
+        """out += mask * (da down) / keep_probability, in place: the backward of `apply` followed by the shrink."""
         if key is None:
             out.addmm_(da, down)
         else:
-            out.add_((da @ down).masked_fill_(self._mask(key), 0.0))
+            product = _scaled_mm(da, down, 1.0 / keep_probability(key[0]))
+            out.add_(product.masked_fill_(self._mask(key), 0.0))
+
+
+def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha * a b, scaled in the GEMM's accumulator: one rounding and no pass of its own."""
+    return a @ b if alpha == 1.0 else torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
 
 
 def _inverse_keep(spec: _BranchSpec) -> float:
@@ -84,9 +90,7 @@ def _shrink(masks: _Masks, specs: Sequence[_BranchSpec], downs: Sequence[Tensor]
     a: list[Tensor | None] = [None] * len(specs)
     for key, members in groups.items():
         stacked = torch.cat([downs[i] for i in members]).to(dtype) if len(members) > 1 else downs[members[0]].to(dtype)
-        product = masks.apply(key) @ stacked.t()
-        if key is not None:
-            product.mul_(_inverse_keep(specs[members[0]]))
+        product = _scaled_mm(masks.apply(key), stacked.t(), _inverse_keep(specs[members[0]]))
         for i, part in zip(members, product.split([downs[i].shape[0] for i in members], dim=1), strict=True):
             a[i] = part
     return a
@@ -199,8 +203,8 @@ class _FusedLinear(torch.autograd.Function):
                     da, dup = _expand_backward(branch, up, next(a_post), dy, want)
                     ddown = None
                     if want.down:
-                        ddown = (da.t() @ post_masks.apply(branch.mask)).mul_(_inverse_keep(branch)).to(down.dtype)
-                    post_masks.add_product_(dz0, branch.mask, da, down.to(dtype) * _inverse_keep(branch))
+                        ddown = _scaled_mm(da.t(), post_masks.apply(branch.mask), _inverse_keep(branch)).to(down.dtype)
+                    post_masks.add_product_(dz0, branch.mask, da, down.to(dtype))
                     branch_grads[i] = (ddown, dup)
                 dy = dz0
             dout_scale = None
@@ -242,12 +246,12 @@ class _FusedLinear(torch.autograd.Function):
         wants_down = {index for index, _, wanted in need.downs if wanted}
         for branch, down, da, index in shrunk:
             if index in wants_down:
-                grads[index] = (da.t() @ masks.apply(branch.mask)).mul_(_inverse_keep(branch)).to(down.dtype)
+                grads[index] = _scaled_mm(da.t(), masks.apply(branch.mask), _inverse_keep(branch)).to(down.dtype)
         if need.dh:
             # Without h in memory a mask still needs its shape: [M, K] is that of dh.
             masks = masks or _Masks(dh, seed)
             for branch, down, da, _ in shrunk:
-                masks.add_product_(dh, branch.mask, da, down.to(dh.dtype) * _inverse_keep(branch))
+                masks.add_product_(dh, branch.mask, da, down.to(dh.dtype))
         del masks, h
 
         dx, dgain, din_scale = (None,) * num_inputs, None, None
@@ -333,10 +337,10 @@ def _expand_backward(
     """da [M, R] and dU of `s U f(a)` from one read of dy; `dy` is the gradient of what U adds to."""
     da = dup = None
     if need_da:
-        da = activation_backward(branch.activation, (dy @ up.to(dy.dtype)).mul_(branch.scaling), a)
+        da = activation_backward(branch.activation, _scaled_mm(dy, up.to(dy.dtype), branch.scaling), a)
     if want.up:
         z = ACTIVATIONS[branch.activation].function(a)
-        dup = (dy.t() @ z).mul_(branch.scaling).to(up.dtype)
+        dup = _scaled_mm(dy.t(), z, branch.scaling).to(up.dtype)
     return da, dup
 
 
