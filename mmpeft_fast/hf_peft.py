@@ -97,12 +97,15 @@ class _PeftPrefix:
 
 
 class _PeftPrefixSlice:
-    """One layer's prefix; generation through HF PEFT puts it into the cache instead."""
-
-    lives_in_cache = True
+    """One layer's prefix."""
 
     def __init__(self, prefix: _PeftPrefix, layer_idx: int):
         self.prefix, self.layer_idx = prefix, layer_idx
+
+    @property
+    def lives_in_cache(self) -> bool:
+        """Generation through HF PEFT puts the prefix into the cache; the fused forward pass does not."""
+        return not self.prefix.active
 
     def __call__(self) -> tuple[Tensor, Tensor] | None:
         if self.prefix.flat is None:

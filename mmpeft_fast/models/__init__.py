@@ -64,7 +64,7 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
         family = _family_for(config.model_type, f"model {name_or_path!r}")
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
         processor = AutoProcessor.from_pretrained(name_or_path)
-    except (OSError, KeyError) as error:
+    except (ImportError, OSError, KeyError) as error:
         kind = "folder" if Path(name_or_path).is_dir() else "model name"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a model and its processor from {kind} {name_or_path!r}: {reason}") from error

@@ -5,9 +5,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.processing_utils import ProcessorMixin
 
 from mmpeft_fast.models.family import Family
 
@@ -92,16 +92,20 @@ def _tiny_config(vocab_size: int, token_id) -> Qwen2VLConfig:
     )
 
 
-def tiny_processor(tokenizer) -> Qwen2VLProcessor:
+class ImageQwen2VLProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's processor for text and images alone: the video half needs torchvision, which nothing here uses."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def tiny_processor(tokenizer) -> ImageQwen2VLProcessor:
     """64 x 64 pixel images give 8 x 8 patches, merged to 16 tokens."""
     pixels = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
-    options = {"patch_size": TINY_PATCH_SIZE, "merge_size": 2, "size": pixels}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**options),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**options),
-        chat_template=CHAT_TEMPLATE,
-    )
+    images = Qwen2VLImageProcessor(patch_size=TINY_PATCH_SIZE, merge_size=2, size=pixels)
+    return ImageQwen2VLProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 QWEN2_VL = Family(

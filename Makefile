@@ -1,0 +1,42 @@
+# make study | test | lint | bench | clean. Each target makes .venv first where it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help study test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make study   the small study: results/study/report.html and results.jsonl"
+	@echo "make test    the tests"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make bench   step-time benchmark: results/bench/"
+	@echo "make clean   removes what the build and the tests left, not .venv and not results"
+
+# The stamp is written last, so that an interrupted set-up starts again.
+$(STAMP): requirements-dev.lock setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' was not found; name one with: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another with: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@rm -f $@
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+study: $(STAMP)
+	$(BIN)/mmpeft-fast study --output results/study
+
+# Two workers with one thread each: the tests are small, so more threads only fight over the cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.step --out results/bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Data: conversation files, the study's prompts and data set, a trained tokenizer, batches with labels on answers."""
+
+from mmpeft_fast.data.collate import IGNORE_INDEX, Collator
+from mmpeft_fast.data.conversations import Sample, check_images, load_conversations
+from mmpeft_fast.data.easy_vqa import easy_vqa_conversations
+from mmpeft_fast.data.tokenizer import train_tokenizer
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Collator",
+    "Sample",
+    "check_images",
+    "easy_vqa_conversations",
+    "load_conversations",
+    "train_tokenizer",
+]

@@ -1,0 +1,187 @@
+"""Samples to a padded batch with labels on the answers only.
+
+The processor's own chat template writes the text and the processor's own tokenizer splits it, once per sample; answer
+tokens are found by character offsets, so merges across words and several turns are exact.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from mmpeft_fast.data.conversations import Sample
+
+IGNORE_INDEX = -100  # what torch's cross-entropy and transformers take as "no target"
+
+
+class Collator:
+    """Turn samples into a batch for training: `Collator(processor)(samples)`.
+
+    processor: a multimodal processor with a chat template, a fast tokenizer and an `image_token`. padding_side: "right"
+    or "left". max_length: longer samples are cut at the end, see `__call__`.
+
+    Where the chat template ends an answer without any special token (LLaVA-1.5's published one does), the tokenizer's
+    end-of-sequence token is added, as the study's Vicuna template has it: else no model could learn to stop.
+    """
+
+    def __init__(self, processor: Any, *, padding_side: str = "right", max_length: int | None = None) -> None:
+        tokenizer = processor.tokenizer
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
+        if not tokenizer.is_fast:
+            raise ValueError(f"tokenizer: expected a fast one, which knows offsets, got {type(tokenizer).__name__}")
+        if not processor.chat_template:
+            raise ValueError(f"processor: expected a chat template, {type(processor).__name__} has none")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(f"tokenizer: expected a padding token, {type(tokenizer).__name__} has none")
+        self.processor = processor
+        self.padding_side = padding_side
+        self.max_length = max_length
+        self._answer_end = self._missing_end_token()
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Collate B samples into a batch.
+
+        Returns `input_ids`, `attention_mask`, `labels` [B, T] int64 (labels are -100 except on answers and their end
+        token, not shifted), what the processor gives for the images (`pixel_values`, for Qwen `image_grid_thw`), per
+        token `mm_token_type_ids` [B, T] where the processor has them, and the int `supervised_capacity`, the largest
+        number of next-token targets of a sample. Raises ValueError for a sample whose image cannot be decoded, whose
+        text holds an image placeholder of its own, that keeps no label within max_length, or whose image would be cut.
+        """
+        texts, answer_spans = [], []
+        for sample in samples:
+            text, spans = self._render(sample)
+            texts.append(text)
+            answer_spans.append(spans)
+        rows, image_inputs = self._tokenize(samples, texts)
+        for sample, text, row, spans in zip(samples, texts, rows, answer_spans, strict=True):
+            row["labels"] = self._labels(row, text, spans)
+            row.pop("offset_mapping")
+            self._truncate(sample, row)
+        batch = self._pad(rows)
+        capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
+        return {**batch, **image_inputs, "supervised_capacity": int(capacity)}
+
+    def encode_prompt(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """The first question with the generation prompt and no answer, as a batch of one for `model.generate`.
+
+        Returns `input_ids`, `attention_mask` [1, T] int64, the image inputs, and `mm_token_type_ids` where the
+        processor has them. Raises ValueError as `__call__` does.
+        """
+        text = self._template(sample.messages()[:1], add_generation_prompt=True)
+        self._check_placeholders(sample, text)
+        rows, image_inputs = self._tokenize([sample], [text])
+        rows[0].pop("offset_mapping")
+        return {**self._pad(rows), **image_inputs}
+
+    def _template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _missing_end_token(self) -> str:
+        """The end-of-sequence token if the template ends an answer without a special token, else nothing."""
+        answer = "answer"
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "question"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        tokenizer = self.processor.tokenizer
+        rendered = self._template(messages)
+        ending = rendered[rendered.rindex(answer) + len(answer) :]
+        if any(token in ending for token in tokenizer.all_special_tokens):
+            return ""
+        if tokenizer.eos_token is None:
+            raise ValueError("tokenizer: expected an end-of-sequence token, as the chat template does not end answers")
+        return tokenizer.eos_token
+
+    def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        """The sample's text before image expansion, and each answer's [start, end) in it, end token included."""
+        messages = sample.messages()
+        for message in messages[1::2]:
+            message["content"][0]["text"] += self._answer_end
+        text = self._template(messages)
+        spans = []
+        for index in range(1, len(messages), 2):
+            before = self._template(messages[:index], add_generation_prompt=True)
+            through = self._template(messages[: index + 1]).rstrip()
+            if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+                raise ValueError(
+                    f"{sample.source}: expected the chat template to only append as turns are added, "
+                    f"but it changes earlier text at turn {index}; the answer's tokens cannot be told"
+                )
+            spans.append((len(before), len(through)))
+        self._check_placeholders(sample, text)
+        return text, spans
+
+    def _check_placeholders(self, sample: Sample, text: str) -> None:
+        token = self.processor.image_token
+        expected, found = int(sample.image is not None), text.count(token)
+        if found != expected:
+            raise ValueError(f"{sample.source}: expected {expected} {token} in the templated text, found {found}")
+
+    def _tokenize(self, samples: Sequence[Sample], texts: list[str]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Per sample the token-wise lists as tensors [T] (offset_mapping [T, 2]), and the images' inputs."""
+        images = [image for sample in samples if (image := sample.load_image()) is not None]
+        encoded = self.processor(
+            text=texts,
+            images=images or None,
+            text_kwargs={"padding": False, "truncation": False, "return_offsets_mapping": True},
+            images_kwargs={"return_tensors": "pt"},
+        )
+        token_wise = [name for name in encoded if isinstance(encoded[name], list)]
+        rows = [
+            {name: torch.as_tensor(encoded[name][index]) for name in token_wise if name != "token_type_ids"}
+            for index in range(len(samples))
+        ]
+        return rows, {name: value for name, value in encoded.items() if name not in token_wise}
+
+    def _labels(self, row: dict[str, torch.Tensor], text: str, spans: list[tuple[int, int]]) -> torch.Tensor:
+        """Labels [T]: the token ids from the first to the last token that touches an answer, else -100."""
+        input_ids, (starts, ends) = row["input_ids"], row["offset_mapping"].unbind(dim=1)
+        # Spans were measured before the processor repeated the image placeholder; it stands before every answer.
+        token = self.processor.image_token
+        num_image_tokens = int((input_ids == self.processor.image_token_id).sum())
+        shift = (num_image_tokens - text.count(token)) * len(token)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        for start, end in spans:
+            touched = ((starts < end + shift) & (ends > start + shift)).nonzero()
+            first, last = int(touched[0]), int(touched[-1])
+            # From first to last: a tokenizer that trims offsets gives pure white space an empty range.
+            labels[first : last + 1] = input_ids[first : last + 1]
+        return labels
+
+    def _truncate(self, sample: Sample, row: dict[str, torch.Tensor]) -> None:
+        """Cut the row's tensors at max_length in place, unless that would cut the image or every label."""
+        length = len(row["input_ids"])
+        if self.max_length is None or length <= self.max_length:
+            return
+        image_positions = (row["input_ids"] == self.processor.image_token_id).nonzero()
+        image_end = int(image_positions[-1]) + 1 if len(image_positions) else 0
+        if image_end > self.max_length:
+            raise ValueError(
+                f"{sample.source}: expected the image to end within max_length {self.max_length}, "
+                f"it ends at token {image_end} of {length}"
+            )
+        labelled = (row["labels"] != IGNORE_INDEX).nonzero()
+        if int(labelled[0]) >= self.max_length:
+            raise ValueError(
+                f"{sample.source}: expected an answer to begin within max_length {self.max_length}, "
+                f"the first begins at token {int(labelled[0]) + 1} of {length}"
+            )
+        for name, value in row.items():
+            row[name] = value[: self.max_length]
+
+    def _pad(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Stack rows of unequal length into [B, T], each kind with its own padding value."""
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        return {
+            name: pad_sequence(
+                [row[name] for row in rows],
+                batch_first=True,
+                padding_value=padding.get(name, 0),
+                padding_side=self.padding_side,
+            )
+            for name in rows[0]
+        }

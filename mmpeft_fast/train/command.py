@@ -1,0 +1,257 @@
+"""`mmpeft-fast train`: fine-tune a multimodal LLM on conversations, from the command line."""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from mmpeft_fast import add_peft, fuse
+from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.data import (
+    Collator,
+    Sample,
+    check_images,
+    easy_vqa_conversations,
+    load_conversations,
+    train_tokenizer,
+)
+from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.methods import METHODS, make_method
+from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
+from mmpeft_fast.train.config import TrainConfig
+from mmpeft_fast.train.evaluate import evaluate_accuracy
+from mmpeft_fast.train.trainer import TrainResult, check_output, check_tracker, seed_everything, train
+
+EASY_VQA = "easy-vqa"
+RESULT = "result.json"
+TINY_MODELS = {f"tiny-{name.replace('_', '-')}": name for name in FAMILIES}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+_EPILOG = f"""\
+data: LLaVA's conversation JSON (a list) or .jsonl, one entry per sample:
+  {{"id": "1", "image": "a.png", "conversations": [
+     {{"from": "human", "value": "<image>\\nWhat is it?"}}, {{"from": "gpt", "value": "A cat."}}]}}
+
+output: train_log.jsonl (a row per step), checkpoint-<step>/ (trainable.safetensors and what exact resume needs),
+  {RESULT} at the end. Ctrl-C saves after the current step and exits with 130; go on with --resume.
+
+examples:
+  mmpeft-fast train --model tiny-llava --method lora --set r=16 --set alpha=32 --data easy-vqa --limit 2000 \\
+      --global-batch-size 16 --batch-size 8 --learning-rate 1e-3 --output runs/tiny
+  mmpeft-fast train --model path/to/llava-1.5-7b-hf --method lora --train-connector \\
+      --data train.json --images images --output runs/lora --tracker tensorboard
+  mmpeft-fast train --model path/to/llava-1.5-7b-hf --method lora --train-connector \\
+      --data train.json --images images --output runs/lora --tracker tensorboard --resume
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+
+    group = parser.add_argument_group("model and method")
+    group.add_argument(
+        "--model",
+        required=True,
+        help=f"checkpoint folder, hub name, or a model built on the spot: {', '.join(TINY_MODELS)}",
+    )
+    group.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the method, such as r=64 or dropout=0.0; may be repeated",
+    )
+    group.add_argument("--train-connector", action="store_true", help="train the connector too; layernorm always does")
+    group.add_argument(
+        "--implementation",
+        choices=("fused", "peft"),
+        default="fused",
+        help="this package's fused ops, or HF PEFT to compare with (default: %(default)s)",
+    )
+    group.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of all weights (default: %(default)s)")
+    group.add_argument(
+        "--fp32-adapters",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the method's added parameters in fp32; with --no-.. they are in --dtype too (default: fp32)",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", required=True, metavar="FILE", help=f"conversation JSON, or {EASY_VQA} for the built-in set"
+    )
+    group.add_argument("--images", metavar="DIR", help="what the data's image paths are relative to")
+    group.add_argument("--limit", type=int, metavar="N", help=f"only the first N samples ({EASY_VQA}: a random N)")
+    group.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="longest sample (default: %(default)s)"
+    )
+    group.add_argument("--padding-side", choices=("right", "left"), default="right", help="(default: %(default)s)")
+    group.add_argument("--num-workers", type=int, metavar="N", help="processes that load images (default: none)")
+    group.add_argument(
+        "--eval-data", metavar="FILE", help=f"measure exact-match accuracy at the end; {EASY_VQA}: test split"
+    )
+    group.add_argument("--eval-images", metavar="DIR", help="image folder of --eval-data")
+    group.add_argument("--eval-limit", type=int, metavar="N", help="only N samples of --eval-data")
+
+    group = parser.add_argument_group("optimization", "Defaults are the study's for the method and the model family.")
+    group.add_argument("--learning-rate", type=float, metavar="X")
+    group.add_argument("--connector-learning-rate", type=float, metavar="X")
+    group.add_argument("--weight-decay", type=float, metavar="X")
+    group.add_argument("--warmup-ratio", type=float, metavar="X", help="share of the steps with rising learning rate")
+    group.add_argument("--max-grad-norm", type=float, metavar="X")
+    group.add_argument("--epochs", type=float, metavar="X")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
+    group.add_argument("--global-batch-size", type=int, metavar="N", help="samples per optimizer step (128)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples per forward on one device (16)")
+    group.add_argument("--gradient-checkpointing", action="store_true", default=None)
+    group.add_argument("--seed", type=int, metavar="N")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the log and checkpoints go")
+    group.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --output")
+    group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints, 0: only the last (500)")
+    group.add_argument("--keep-checkpoints", type=int, metavar="N", help="how many to keep (2)")
+    group.add_argument("--log-every", type=int, metavar="N", help="steps between log rows (1)")
+    group.add_argument("--tracker", metavar="NAME", help="tensorboard, wandb, .. or none (none)")
+    group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+    group.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as asked; returns the exit code. Raises ValueError for bad input, before anything is written."""
+    overrides = {name: getattr(args, name) for name in TrainConfig.__dataclass_fields__ if hasattr(args, name)}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    method = make_method(args.method, **parse_settings(args.set))
+    config = TrainConfig.for_study(args.method, "", **overrides)  # checked before the slow part begins
+    check_output(args.output, resume=args.resume)
+    check_tracker(config.tracker, args.output)
+    samples = _load("", args.data, args.images, args.limit, "train", config.seed)
+    eval_samples = []
+    if args.eval_data is not None:
+        eval_samples = _load("eval-", args.eval_data, args.eval_images, args.eval_limit, "test", config.seed)
+
+    model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
+    config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
+    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length)
+    seed_everything(config.seed)  # the method's initial values
+    model, implementation = _add_method(model, method, args)
+    if config.gradient_checkpointing and args.method == "prefix" and implementation.startswith("HF PEFT"):
+        raise ValueError(
+            "--gradient-checkpointing: expected --implementation fused with --method prefix; "
+            "HF PEFT keeps the prefix in the key/value cache, which checkpointing turns off"
+        )
+    is_main = PartialState(cpu=args.cpu).is_main_process
+    if is_main:
+        print(_summary(model, args, implementation, len(samples)), flush=True)
+    try:
+        result = train(
+            model,
+            config,
+            samples,
+            collator,
+            output=args.output,
+            resume=args.resume,
+            progress=not args.no_progress,
+            cpu=args.cpu,
+        )
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if result.interrupted and is_main:
+        print(f"interrupted after step {result.steps}, saved {result.checkpoint}; go on with --resume", file=sys.stderr)
+    if result.interrupted:
+        return 130
+    if is_main:
+        accuracy = evaluate_accuracy(model, collator, eval_samples) if eval_samples else None
+        write_text(args.output / RESULT, json.dumps(_outcome(result, accuracy), indent=2) + "\n")
+        print(_conclusion(result, accuracy))
+    return 0
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["r=64", "targets=q,v"]` as `{"r": 64, "targets": ("q", "v")}`. Raises ValueError for a setting without `=`."""
+    parsed = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not (equals and name and text):
+            raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
+        parsed[name.strip()] = tuple(map(_value, text.split(","))) if "," in text else _value(text)
+    return parsed
+
+
+def _value(text: str) -> int | float | bool | str | None:
+    """A number, true, false or null as JSON has them, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text.strip()
+
+
+def _load(option: str, data: str, images: str | None, limit: int | None, split: str, seed: int) -> list[Sample]:
+    """Samples of `--<option>data`, with every image's header read."""
+    if data != EASY_VQA:
+        if images is None:
+            raise ValueError(f"--{option}images: expected the image folder of --{option}data {data}, got none")
+        samples = load_conversations(data, images, limit=limit)
+        check_images(samples)
+        return samples
+    if images is not None:
+        raise ValueError(f"--{option}images: expected none, as {EASY_VQA} brings its own, got {images}")
+    with tempfile.TemporaryDirectory() as folder:
+        return load_conversations(*easy_vqa_conversations(folder, split, limit=limit, seed=seed))
+
+
+def _load_model(name: str, dtype: torch.dtype, samples: list[Sample], seed: int) -> tuple[nn.Module, Any]:
+    if name not in TINY_MODELS:
+        return load_pretrained(name, dtype=dtype)
+    family = TINY_MODELS[name]
+    tokenizer = train_tokenizer(samples, FAMILIES[family].special_tokens)
+    return tiny_model(family, tokenizer, seed=seed).to(dtype), tiny_processor(family, tokenizer)
+
+
+def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """Add the method's parameters in the dtype asked for; returns the model and whose code runs it."""
+    own = {id(parameter) for parameter in model.parameters()}
+    if args.implementation == "fused":
+        model, implementation = add_peft(model, method, train_connector=args.train_connector), "fused"
+    else:
+        model, implementation = add_baseline(model, method, train_connector=args.train_connector)
+    if not args.fp32_adapters:
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.data = parameter.data.to(_DTYPES[args.dtype])
+    return (fuse(model) if args.implementation == "fused" else model), implementation
+
+
+def _summary(model: nn.Module, args: argparse.Namespace, implementation: str, num_samples: int) -> str:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{args.model}, {args.method} ({implementation}), {args.dtype}: {trainable:,} of {total:,} parameters "
+        f"trainable ({trainable / total:.3%}), {num_samples:,} samples"
+    )
+
+
+def _outcome(result: TrainResult, accuracy: float | None) -> dict[str, Any]:
+    outcome = {name: value for name, value in asdict(result).items() if name not in ("losses", "interrupted")}
+    last = result.losses[-1] if result.losses else None
+    return {**outcome, "checkpoint": result.checkpoint.name, "loss_last": last, "accuracy": accuracy}
+
+
+def _conclusion(result: TrainResult, accuracy: float | None) -> str:
+    parts = [f"step {result.steps}"]
+    if result.losses:
+        parts.append(f"loss {result.losses[-1]:.4f}")
+    if accuracy is not None:
+        parts.append(f"accuracy {accuracy:.1%}")
+    return f"done: {', '.join(parts)}; saved {result.checkpoint}"

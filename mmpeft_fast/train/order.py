@@ -1,0 +1,58 @@
+"""Which samples each optimizer step sees: a pure function of the step, so resuming needs no more than its number."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOrder:
+    """A fresh random order every epoch, cut into global batches, shared out over processes, cut into micro-batches.
+
+    An epoch's last global batch may be smaller. Where it does not divide by the number of processes, the samples left
+    over are skipped, so that all processes do the same number of passes.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    batch_size: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_samples < self.num_processes:
+            raise ValueError(f"data: expected at least {self.num_processes} samples, got {self.num_samples}")
+        share = self.batch_size * self.num_processes
+        if self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size: expected a multiple of {share} (batch_size {self.batch_size} "
+                f"on {self.num_processes} processes), got {self.global_batch_size}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        usable = self.num_samples
+        last = usable % self.global_batch_size
+        return usable // self.global_batch_size + (last >= self.num_processes)
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, rounded up."""
+        return math.ceil(epochs * self.steps_per_epoch)
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """This process's sample indices for a step (counted from 0), one list per forward."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        chosen = _permutation(self.num_samples, self.seed + epoch)[start : start + self.global_batch_size]
+        even = len(chosen) - len(chosen) % self.num_processes
+        mine = chosen[self.process_index : even : self.num_processes]
+        return [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
+
+
+@lru_cache(maxsize=1)
+def _permutation(num_samples: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_samples, generator=generator).tolist()

@@ -1,0 +1,330 @@
+"""The training loop: exact gradient accumulation, clipping, logging, checkpoints, and a clean stop on Ctrl-C.
+
+The loss of a step is the mean over all supervised tokens of its global batch, however that is cut into micro-batches
+and processes: every forward gets the step's token count as `num_items_in_batch` and returns its share of the mean.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device, set_seed
+from torch import nn
+
+from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.models import base_model, family_of
+from mmpeft_fast.peft_model import is_fused
+from mmpeft_fast.train import state
+from mmpeft_fast.train.batches import batches_by_step
+from mmpeft_fast.train.config import TrainConfig
+from mmpeft_fast.train.log import LOG, TrainLog, peak_mib
+from mmpeft_fast.train.optimization import build_optimizer, cosine_with_warmup
+from mmpeft_fast.train.order import SampleOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run did; after a resume `losses` begins at the step that followed the checkpoint."""
+
+    losses: list[float]
+    """Mean loss over the supervised tokens of each optimizer step of this call."""
+    steps: int
+    """Optimizer steps since the run began; so are tokens and time."""
+    tokens: int
+    """Padding is not counted."""
+    supervised_tokens: int
+    elapsed_s: float
+    checkpoint: Path | None
+    interrupted: bool
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, on every device."""
+    set_seed(seed)
+
+
+def train(
+    model: nn.Module,
+    config: TrainConfig,
+    dataset: Sequence[Sample],
+    collator: Collator,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    cpu: bool = False,
+) -> TrainResult:
+    """Train the model's trainable parameters in place.
+
+    model: any multimodal causal LM that takes a collator's batch and `num_items_in_batch`; fused or not. output: folder
+    for the log and checkpoints, None keeps nothing. resume: continue from output's latest checkpoint, bit for bit on
+    the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C ends the run after the current step with
+    a checkpoint; a second one ends it at once. Raises ValueError for bad input, before anything is written, and
+    FloatingPointError where loss or gradient is not finite.
+    """
+    output = None if output is None else Path(output)
+    check_output(output, resume=resume)
+    check_tracker(config.tracker, output)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # the model's dtype is the compute dtype
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop below accumulates exactly
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=None if output is None else output / "tracking",
+    )
+    order = SampleOrder(
+        num_samples=len(dataset),
+        global_batch_size=config.global_batch_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    run = _Run(model, config, order, accelerator, output, resume=resume)
+    steps = batches_by_step(
+        order,
+        run.position.step,
+        run.num_steps,
+        dataset,
+        collator,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    batches = next(steps, None)  # collated before the first write: bad data leaves nothing behind
+    if output is not None and accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    if config.tracker != "none":
+        accelerator.init_trackers("mmpeft-fast", config=run.identity.as_dict())
+
+    losses: list[float] = []
+    interrupted = False
+    was_training = model.training
+    model.train()
+    with (
+        TrainLog(
+            accelerator,
+            output,
+            first_step=run.position.step,
+            num_steps=run.num_steps,
+            every=config.log_every,
+            progress=progress,
+        ) as log,
+        _interrupt_requested() as interrupt_requested,
+    ):
+        run.restore_rng()
+        step_begin = time.perf_counter()
+        while batches is not None and not interrupted:
+            tokens, supervised_tokens = run.sum(*_count(batches))
+            loss, grad_norm = run.backward(batches, supervised_tokens)
+            batches = next(steps, None)  # collated while the device still computes
+            row = run.update(float(loss), float(grad_norm))
+            now = time.perf_counter()
+            row |= run.advance(tokens, supervised_tokens, now - step_begin)
+            step_begin = now
+            losses.append(row["loss"])
+            log.write(row)
+            interrupted = batches is not None and any(run.sum(interrupt_requested.is_set()))
+            if config.save_every and run.position.step % config.save_every == 0:
+                run.save()
+        run.save()
+    model.train(was_training)
+    return TrainResult(
+        losses=losses,
+        steps=run.position.step,
+        tokens=run.position.num_tokens,
+        supervised_tokens=run.position.num_supervised_tokens,
+        elapsed_s=run.position.elapsed_s,
+        checkpoint=run.checkpoint,
+        interrupted=interrupted,
+    )
+
+
+def check_output(output: Path | None, *, resume: bool) -> None:
+    """Raise ValueError where a run's output folder is a file, or holds a run that is not to be resumed."""
+    if output is None:
+        if resume:
+            raise ValueError("resume: expected an output folder to continue from, got none")
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: expected a folder for the output, got a file")
+    elif not resume and ((output / LOG).exists() or state.latest_checkpoint(output) is not None):
+        raise ValueError(f"{output}: expected a folder without a run; resume the one it holds, or choose another")
+
+
+def check_tracker(tracker: str, output: Path | None) -> None:
+    """Raise ValueError unless the tracker is "none", or an installed one of Accelerate's with a folder to write to."""
+    if tracker == "none":
+        return
+    if output is None:
+        raise ValueError(f"tracker: expected an output folder for {tracker!r}, got none")
+    if tracker not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"tracker: expected none or one of {', '.join(LOGGER_TYPE_TO_CLASS)}, got {tracker!r}")
+    if tracker not in [str(available) for available in get_available_trackers()]:
+        raise ValueError(f"tracker: expected an installed one, got {tracker!r}; run: pip install {tracker}")
+
+
+class _Run:
+    """Model, optimizer, schedule and position of one run, and what a step does to them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        order: SampleOrder,
+        accelerator: Accelerator,
+        output: Path | None,
+        *,
+        resume: bool,
+    ) -> None:
+        self.num_steps = config.max_steps or order.num_steps(config.epochs)
+        self.identity = state.RunIdentity(
+            config=config,
+            num_samples=order.num_samples,
+            num_processes=order.num_processes,
+            num_steps=self.num_steps,
+        )
+        self.checkpoint = state.latest_checkpoint(output) if output is not None and resume else None
+        self.position = state.Position()
+        if self.checkpoint is not None:
+            self.position = state.read_position(self.checkpoint, self.identity)
+
+        seed_everything(config.seed + accelerator.process_index)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = build_optimizer(
+            model,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            epsilon=config.epsilon,
+            connector_parameters=_connector_parameters(model),
+            connector_learning_rate=config.connector_learning_rate,
+        )
+        self._schedule = cosine_with_warmup(optimizer, steps=self.num_steps, warmup_ratio=config.warmup_ratio)
+        self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
+        self._model, self._accelerator, self._output = model, accelerator, output
+        self._max_grad_norm = config.max_grad_norm
+        self._takes_capacity = is_fused(model)
+        self._rng_states = None
+        if self.checkpoint is not None:
+            saved = state.load_checkpoint(self.checkpoint, model)
+            self._optimizer.load_state_dict(saved["optimizer"])
+            self._schedule.load_state_dict(saved["schedule"])
+            self._rng_states = saved["rng"]
+
+    def restore_rng(self) -> None:
+        """Put the generators where the checkpoint left them; the last thing before the first forward."""
+        if self._rng_states is not None:
+            state.set_rng_state(self._rng_states[self._accelerator.process_index])
+
+    def sum(self, *counts: int) -> list[int]:
+        """Each count summed over all processes."""
+        if self._accelerator.num_processes == 1:
+            return list(counts)
+        return self._accelerator.reduce(torch.tensor(counts, device=self._accelerator.device), "sum").tolist()
+
+    def backward(self, batches: list[dict[str, Any]], num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accumulate the gradients of the step's mean loss and clip them; returns that loss and the norm before."""
+        accelerator = self._accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            inputs = send_to_device(batch, accelerator.device, non_blocking=True)
+            if not self._takes_capacity:
+                inputs.pop("supervised_capacity")
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self._prepared):
+                loss = self._prepared(**inputs, num_items_in_batch=num_items).loss
+                # Data parallel averages gradients over processes; the mean over tokens needs their sum.
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach().float()
+        grad_norm = accelerator.clip_grad_norm_(self._prepared.parameters(), self._max_grad_norm)
+        return (accelerator.reduce(total, "sum") if accelerator.num_processes > 1 else total), grad_norm
+
+    def update(self, loss: float, grad_norm: float) -> dict[str, float]:
+        """Apply the step; returns the first fields of its row. Raises FloatingPointError before anything is applied."""
+        row = {"step": self.position.step + 1, "loss": loss, "lr": self._schedule.get_last_lr()[0]}
+        row["grad_norm"] = grad_norm
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row[name]):
+                raise FloatingPointError(
+                    f"step {row['step']}: expected a finite {name}, got {row[name]}; this step was not applied, "
+                    "try a lower learning rate or fp32"
+                )
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return row
+
+    def advance(self, tokens: int, supervised_tokens: int, step_s: float) -> dict[str, float]:
+        """Move the position past the step; returns the last fields of its row."""
+        self.position = replace(
+            self.position,
+            step=self.position.step + 1,
+            num_tokens=self.position.num_tokens + tokens,
+            num_supervised_tokens=self.position.num_supervised_tokens + supervised_tokens,
+            elapsed_s=self.position.elapsed_s + step_s,
+        )
+        return {
+            "tokens_per_s": tokens / step_s,
+            "supervised_tokens": supervised_tokens,
+            "peak_mib": peak_mib(self._accelerator.device),
+            "elapsed_s": self.position.elapsed_s,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the present position, unless there is no output or it is already there."""
+        if self._output is None or self.checkpoint == state.checkpoint_folder(self._output, self.position):
+            return
+        rng_states = gather_object([state.rng_state()])
+        if self._accelerator.is_main_process:
+            state.save_checkpoint(
+                self._output,
+                self.position,
+                self.identity,
+                self._model,
+                self._optimizer.state_dict(),
+                self._schedule.state_dict(),
+                rng_states,
+            )
+        self.checkpoint = state.checkpoint_folder(self._output, self.position)
+        self._accelerator.wait_for_everyone()
+
+
+def _count(batches: list[dict[str, Any]]) -> tuple[int, int]:
+    """Tokens without padding, and next-token targets, in a step's micro-batches."""
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return tokens, sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def _connector_parameters(model: nn.Module) -> list[nn.Parameter]:
+    family = family_of(model)
+    modules = family.modules_at(base_model(model), family.connector)
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+@contextmanager
+def _interrupt_requested() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets; a second one raises KeyboardInterrupt. Python allows this only in the main thread."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def request(number: int, frame: Any) -> None:
+        requested.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,132 @@
+"""The contract of every method in every family: fused equals HF PEFT, or the study's eager definition."""
+
+import copy
+
+import pytest
+import torch
+
+from mmpeft_fast import fuse, is_fused, make_method, unfuse
+from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.models import FAMILIES
+from tests.closeness import assert_as_close_as_eager
+from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
+
+METHODS = {
+    "lora": ("lora", {"r": 8, "alpha": 16, "dropout": 0.0}),
+    "lora-attention": ("lora", {"r": 3, "alpha": 6, "dropout": 0.0, "targets": "attention"}),
+    "ia3": ("ia3", {}),
+    "adapter": ("adapter", {"bottleneck": 8, "dropout": 0.0}),
+    "adapter-both": ("adapter", {"bottleneck": 8, "dropout": 0.0, "targets": "both", "activation": "gelu"}),
+    "adapter-parallel": ("adapter", {"bottleneck": 8, "dropout": 0.0, "placement": "parallel", "init": "kaiming"}),
+    "prefix": ("prefix", {"num_virtual_tokens": 5}),
+    "prefix-projection": ("prefix", {"num_virtual_tokens": 5, "projection": True}),
+    "layernorm": ("layernorm", {}),
+    "layernorm-simp": ("layernorm-simp", {"final": True}),
+}
+HF_PEFT_HAS = ("lora", "ia3", "layernorm")
+
+
+def prepared(family, method, *, train_connector=False, num_layers=2):
+    """A model with PEFT parameters as the stock stack sets it up, in training mode."""
+    name, settings = METHODS[method]
+    model = tiny_model(family, num_layers=num_layers)
+    model, what = add_baseline(model, make_method(name, **settings), train_connector=train_connector)
+    expected_hf = name.startswith(HF_PEFT_HAS) or (name == "prefix" and family == "llava")
+    assert what.startswith("HF PEFT") == expected_hf
+    randomize_trainable(model)
+    return model.train()
+
+
+def assert_same_training_step(model, batch):
+    truth_model = copy.deepcopy(model).double()
+    truth = loss_and_grads(truth_model, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+    eager = loss_and_grads(model, batch)
+    fuse(model)
+    fused = loss_and_grads(model, batch)
+    assert_as_close_as_eager(fused[0], eager[0], truth[0], "loss")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(fused[1]) == set(eager[1]) == trained
+    for name in sorted(trained):
+        assert_as_close_as_eager(fused[1][name], eager[1][name], truth[1][name], name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_every_gradient(family, method):
+    side = "left" if method in ("ia3", "adapter", "prefix-projection") else "right"
+    assert_same_training_step(prepared(family, method), tiny_batch(family, padding_side=side))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "layernorm-simp"])
+def test_with_trained_connector_and_the_other_padding(family, method):
+    side = "right" if method in ("ia3", "adapter") else "left"
+    assert_same_training_step(prepared(family, method, train_connector=True), tiny_batch(family, padding_side=side))
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "ia3", "prefix-projection"])
+def test_frozen_subsets(method):
+    """Gradients of what is still trained do not depend on what else is."""
+    model = prepared("qwen2_vl", method)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.requires_grad_(i % 3 == 0)
+    assert 0 < sum(p.requires_grad for p in model.parameters()) < len(names)
+    assert_same_training_step(model, tiny_batch("qwen2_vl"))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_bf16(family, method):
+    model = prepared(family, method)
+    truth_model = copy.deepcopy(model).bfloat16().double()
+    model = model.bfloat16()
+    batch = tiny_batch(family, dtype=torch.bfloat16)
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    truth, eager = loss_and_grads(truth_model, wide), loss_and_grads(model, batch)
+    fused = loss_and_grads(fuse(model), batch)
+    assert_as_close_as_eager(fused[0], eager[0], truth[0], "loss")
+
+    def flat(grads):
+        return torch.cat([grads[name].double().flatten() for name in sorted(truth[1])]).to(torch.bfloat16)
+
+    assert_as_close_as_eager(flat(fused[1]), flat(eager[1]), flat(truth[1]).double(), "all gradients")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_in_eval_and_after_unfuse(family, method):
+    model = prepared(family, method, num_layers=1).eval()
+    batch = tiny_batch(family, padding_side="left")
+    with torch.no_grad():
+        eager = model(**batch)
+        fused = fuse(model)(**batch)
+        assert is_fused(model)
+        real = batch["attention_mask"].bool()
+        assert fused.logits.shape == eager.logits.shape
+        torch.testing.assert_close(fused.logits[real], eager.logits[real])
+        torch.testing.assert_close(fused.loss, eager.loss)
+        again = unfuse(model)(**batch)
+    assert not is_fused(model)
+    assert torch.equal(again.logits, eager.logits)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "prefix", "layernorm-simp"])
+def test_twenty_training_steps(family, method):
+    losses = {}
+    for implementation in ("peft", "fused"):
+        model = prepared(family, method, num_layers=1)
+        if implementation == "fused":
+            fuse(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses[implementation] = []
+        for step in range(20):
+            batch = tiny_batch(family, batch_size=1 + step % 3)
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[implementation].append(loss.item())
+    assert losses["fused"][18] < losses["fused"][0]  # the same batch
+    torch.testing.assert_close(torch.tensor(losses["fused"]), torch.tensor(losses["peft"]), rtol=1e-4, atol=0)

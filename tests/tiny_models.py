@@ -1,0 +1,91 @@
+"""Small real models and batches for tests, built by the transformers classes from each family's tiny configuration."""
+
+import functools
+
+import torch
+
+from mmpeft_fast.models import FAMILIES
+
+VOCABULARY = 60
+
+
+def token_id(text: str) -> int:
+    return _token_ids()[text]
+
+
+@functools.cache
+def _token_ids() -> dict[str, int]:
+    names = ["<pad>", "<s>", "</s>", *(token for family in FAMILIES.values() for token in family.special_tokens)]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def first_text_token() -> int:
+    """Smaller ids are special tokens."""
+    return len(_token_ids())
+
+
+def tiny_model(family_name: str, *, num_layers: int = 2, dtype=torch.float32, seed: int = 0):
+    family = FAMILIES[family_name]
+    config = family.tiny_config(VOCABULARY, token_id)
+    text = config.text_config
+    text.num_hidden_layers = num_layers + (family_name == "qwen3_vl")  # deepstack takes the first two layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    model = family.model_class(config)
+    with torch.no_grad():  # norms at exactly one would hide a forgotten gain
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.to(dtype)
+
+
+def tiny_batch(family_name: str, *, batch_size: int = 3, padding_side: str | None = "right", dtype=torch.float32):
+    """Text around one image a sample, ragged by 0, 3, 5 padding tokens, a few supervised tokens at the end."""
+    generator = torch.Generator().manual_seed(1)
+    llava = family_name == "llava"
+    num_image_tokens = 64 if llava else 16
+    image = token_id("<image>" if llava else "<|image_pad|>")
+    length = num_image_tokens + 14
+    ids = torch.randint(first_text_token(), VOCABULARY, (batch_size, length), generator=generator)
+    ids[:, 2 : 2 + num_image_tokens] = image
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
+    for b in range(batch_size):
+        padding = (0, 3, 5)[b % 3] if padding_side else 0
+        end = length
+        if padding_side == "right":
+            end = length - padding
+            ids[b, end:], mask[b, end:] = token_id("<pad>"), 0
+        elif padding:
+            ids[b] = torch.roll(ids[b], padding)
+            ids[b, :padding], mask[b, :padding] = token_id("<pad>"), 0
+        labels[b, end - 3 - b : end] = ids[b, end - 3 - b : end]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if llava:
+        batch["pixel_values"] = torch.randn(batch_size, 3, 64, 64, generator=generator).to(dtype)
+    else:
+        batch["image_grid_thw"] = torch.tensor([[1, 8, 8]] * batch_size)
+        batch["pixel_values"] = torch.randn(batch_size * 64, 3 * 2 * 8 * 8, generator=generator).to(dtype)
+        batch["mm_token_type_ids"] = (ids == image).int()
+    return batch
+
+
+def randomize_trainable(model) -> None:
+    """Moves trained parameters off their initial values, so that none of them is zero or one."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter += (0.05 * noise).to(parameter.dtype)
+
+
+def loss_and_grads(model, batch):
+    """The loss, and gradients of every trained parameter by name."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

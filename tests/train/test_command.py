@@ -1,0 +1,125 @@
+import argparse
+import json
+
+import pytest
+
+from mmpeft_fast.train import command
+from mmpeft_fast.train.command import parse_settings
+from mmpeft_fast.train.log import LOG
+
+
+@pytest.fixture
+def call(data, tmp_path):
+    """Run the command on the small data set with some options changed; None drops one."""
+
+    def call(*flags, **options):
+        defaults = {
+            "model": "tiny-llava",
+            "method": "lora",
+            "set": "r=4",
+            "data": data[0],
+            "images": data[1],
+            "output": tmp_path / "out",
+            "dtype": "fp32",
+            "global-batch-size": 4,
+            "batch-size": 2,
+            "max-steps": 2,
+            "learning-rate": 1e-3,
+        }
+        words = [*flags, "--cpu", "--no-progress"]
+        for name, value in {**defaults, **options}.items():
+            if value is not None:
+                words += [f"--{name}", str(value)]
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(words))
+
+    return call
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_trains_evaluates_and_says_so(call, data, tmp_path, capsys):
+    assert call("--train-connector", **{"eval-data": data[0], "eval-images": data[1], "eval-limit": 2}) == 0
+    out = capsys.readouterr().out
+    assert "tiny-llava, lora (fused), fp32:" in out and "8 samples" in out and "done: step 2" in out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["steps"], result["checkpoint"]) == (2, "checkpoint-000002")
+    assert 0 <= result["accuracy"] <= 1
+    assert result["loss_last"] == losses(tmp_path / "out")[-1]
+
+
+def test_resume_continues_to_the_same_losses(call, tmp_path):
+    call(**{"max-steps": 3, "save-every": 1, "keep-checkpoints": 1})
+    call(**{"max-steps": 3, "save-every": 1, "output": tmp_path / "again"})
+    last = tmp_path / "again" / "checkpoint-000003"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert call("--resume", **{"max-steps": 3, "save-every": 1, "output": tmp_path / "again"}) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+
+
+def test_easy_vqa_is_built_in(call, tmp_path):
+    assert call(data="easy-vqa", images=None, limit=8, **{"max-steps": 1}) == 0
+    assert len(losses(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("implementation", ["fused", "peft"])
+def test_both_implementations_train_in_bf16(call, tmp_path, implementation):
+    assert call("--no-fp32-adapters", implementation=implementation, dtype="bf16", **{"max-steps": 1}) == 0
+    assert losses(tmp_path / "out")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lara"}, "lara"),
+        ({"set": "r=0"}, "r"),
+        ({"set": "dropout=1"}, "dropout"),
+        ({"set": "rank=3"}, "rank"),
+        ({"set": "r"}, "--set: expected NAME=VALUE, got 'r'"),
+        ({"set": "targets=nose"}, "nose"),
+        ({"data": "nowhere.json"}, "nowhere.json: expected a conversation file"),
+        ({"images": None}, "--images: expected the image folder of --data"),
+        ({"data": "easy-vqa"}, "--images: expected none, as easy-vqa brings its own"),
+        ({"model": "no/such/model/here"}, "no/such/model/here"),
+        ({"learning-rate": -1}, "learning_rate: expected a number above 0, got -1.0"),
+        ({"batch-size": 3}, "global_batch_size: expected a multiple of batch_size 3, got 4"),
+        ({"tracker": "crayon"}, "tracker: expected none or one of"),
+        ({"max-length": 10}, "max_length 10"),
+        ({"limit": 0}, "limit: expected at least 1 sample, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(call, tmp_path, options, message):
+    with pytest.raises(ValueError) as caught:
+        call(**options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hf_prefix_tuning_refuses_gradient_checkpointing(call, tmp_path):
+    with pytest.raises(ValueError, match="--gradient-checkpointing: expected --implementation fused"):
+        call("--gradient-checkpointing", method="prefix", set=None, implementation="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_images_are_found_before_training(call, data, tmp_path):
+    entries = json.loads(data[0].read_text())
+    entries[-1]["image"] = "bad.png"
+    (tmp_path / "images").mkdir()
+    for image in data[1].glob("*.png"):
+        (tmp_path / "images" / image.name).symlink_to(image)
+    (tmp_path / "images" / "bad.png").write_text("no image")
+    (tmp_path / "bad.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"bad\.json entry 7 \(id 7\): expected a readable image"):
+        call(data=tmp_path / "bad.json", images=tmp_path / "images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings():
+    parsed = parse_settings(["r=64", "dropout=0.5", "flag=true", "targets=q,v", "init=bert", "none=null"])
+    assert parsed == {"r": 64, "dropout": 0.5, "flag": True, "targets": ("q", "v"), "init": "bert", "none": None}

@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from mmpeft_fast.methods import METHODS
+from mmpeft_fast.train import LEARNING_RATES, TrainConfig
+
+
+def test_defaults_are_the_studys():
+    config = TrainConfig.for_study("adapter", "llava")
+    assert (config.learning_rate, config.connector_learning_rate, config.warmup_ratio) == (5e-5, 2e-5, 0.03)
+    assert (config.global_batch_size, config.epochs, config.seed, config.weight_decay) == (128, 3, 42, 0.0)
+    qwen = TrainConfig.for_study("lora", "qwen2_vl", warmup_ratio=0.05)
+    assert (qwen.learning_rate, qwen.connector_learning_rate, qwen.beta2) == (2e-4, 1e-5, 0.95)
+    assert (qwen.weight_decay, qwen.warmup_ratio) == (0.1, 0.05)
+
+
+def test_every_method_has_a_learning_rate():
+    assert LEARNING_RATES.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("learning_rate", 0.0, "a number above 0, got 0.0"),
+        ("learning_rate", math.nan, "a number above 0, got nan"),
+        ("weight_decay", -1, "a number of at least 0, got -1"),
+        ("warmup_ratio", 1, "a number from 0 to below 1, got 1"),
+        ("batch_size", 2.0, "a whole number of at least 1, got 2.0"),
+        ("max_steps", 0, "a whole number of at least 1, got 0"),
+        ("seed", True, "a whole number of at least 0, got True"),
+        ("global_batch_size", 24, "a multiple of batch_size 16, got 24"),
+    ],
+)
+def test_bad_values_are_named(field, value, expected):
+    with pytest.raises(ValueError, match=f"{field}: expected {expected}"):
+        TrainConfig(**{field: value})
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"method: expected one of lora, .* got 'lara'"):
+        TrainConfig.for_study("lara", "llava")
+    with pytest.raises(ValueError, match="expected fields of TrainConfig, got lr"):
+        TrainConfig.for_study("lora", "llava", lr=1.0)
