@@ -1,4 +1,4 @@
-"""The `peft` implementation that fused models are measured against: HF PEFT where it has a method, else eager modules."""
+"""What fused models are measured against, `peft` in every table: HF PEFT where it has a method, else eager modules."""
 
 import peft
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_model

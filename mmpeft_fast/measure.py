@@ -18,7 +18,7 @@ def _model_storages(model: nn.Module | None) -> set[int]:
     return {_storage_key(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
 
 
-class saved_bytes:  # noqa: N801 - used like a function, in `with`
+class saved_bytes:
     """Bytes that autograd keeps for the backward of what runs inside: unique storages, whole, without those of the
     model's parameters and buffers.
 
@@ -80,7 +80,7 @@ class _LiveStorages(TorchDispatchMode):
         return out
 
 
-class peak_bytes:  # noqa: N801 - used like a function, in `with`
+class peak_bytes:
     """Peak bytes of tensors while something runs, the model's parameters, buffers and gradients included.
 
     CUDA: the caching allocator's maximum of allocated bytes. Otherwise: storages that ops return, followed from birth

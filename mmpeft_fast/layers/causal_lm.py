@@ -65,7 +65,9 @@ class FusedCausalLM(Swapped):
                 return base_forward(**kwargs)
         return self._loss_from_tail(capacity=capacity, **kwargs)
 
-    def _loss_from_tail(self, *, capacity, labels, num_items_in_batch=None, logits_to_keep=0, return_dict=None, **kwargs):
+    def _loss_from_tail(
+        self, *, capacity, labels, num_items_in_batch=None, logits_to_keep=0, return_dict=None, **kwargs
+    ):
         rows, targets = supervised_targets(labels, capacity)
         sparse = (
             self.sparse_last_layer
@@ -88,4 +90,6 @@ class FusedCausalLM(Swapped):
         # An adapted or wrapped head computes its own logits; they are few.
         logits = head(hidden).float()
         total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / ((targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device))
+        return total / (
+            (targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device)
+        )

@@ -1,7 +1,7 @@
 """Changing what a module computes without touching its parameters, names or place in the tree.
 
 `swap_class(module, Mixin)` gives one instance a subclass of its own class with `Mixin` in front; everything the module
-holds stays as it is, so state dicts, hooks, `deepcopy` and isinstance checks keep working, and `restore_class` undoes it.
+holds stays as it is, so state dicts, hooks, `deepcopy` and isinstance checks keep working. `restore_class` undoes it.
 """
 
 import functools

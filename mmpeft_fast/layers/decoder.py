@@ -1,10 +1,10 @@
 """A decoder layer as four fused linears around attention; also the classes that norms and vision modules take on.
 
-    q, k, v  = fused_linear(x,  [q, k, v],    prologue=rms_norm)
-    o        = attention(q, k, v, rotation, scales, head norms, prefix)
-    x1       = fused_linear(o,  [o],          residual=x)
-    gate, up = fused_linear(x1, [gate, up],   prologue=rms_norm)
-    x2       = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
+q, k, v  = fused_linear(x,  [q, k, v],    prologue=rms_norm)
+o        = attention(q, k, v, rotation, scales, head norms, prefix)
+x1       = fused_linear(o,  [o],          residual=x)
+gate, up = fused_linear(x1, [gate, up],   prologue=rms_norm)
+x2       = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A linear layer with PEFT primitives attached: the eager definition of every method but prefix and norm tuning.
 
-    y = post( (W pre(x * l_in) + b + parallel(x * l_in)) * l_out ),   branch(h) = s U f(D drop(h))
+y = post( (W pre(x * l_in) + b + parallel(x * l_in)) * l_out ),   branch(h) = s U f(D drop(h))
 """
 
 import math

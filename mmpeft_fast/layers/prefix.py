@@ -94,5 +94,3 @@ def attach_prefix(decoder: nn.Module, attentions: list[nn.Module], encoder: Pref
     decoder.config._attn_implementation = EAGER_PREFIX
     for layer_idx, attention in enumerate(attentions):
         attention.prefix = PrefixSlice(encoder, layer_idx)
-
-

@@ -25,7 +25,9 @@ def read_linear(module: nn.Module) -> LinearSite:
     Raises:
         ValueError: the module's type is not one that can be fused.
     """
-    raise ValueError(f"fuse: cannot fuse a layer of type {type(module).__name__}; expected torch.nn.Linear or a PEFT layer")
+    raise ValueError(
+        f"fuse: cannot fuse a layer of type {type(module).__name__}; expected torch.nn.Linear or a PEFT layer"
+    )
 
 
 @read_linear.register

@@ -1,8 +1,8 @@
 """Bottleneck adapters: the study's series form (arXiv 2406.05130) and LLM-Adapters' parallel one (Hu et al. 2023).
 
-    series:   pre  y = W (x + s U f(D drop x)) + b  on q, k, v, gate, up
-              post y = z + s U f(D drop z), z = W x + b  on o, down
-    parallel: y = W x + b + s U f(D drop x)
+series:   pre  y = W (x + s U f(D drop x)) + b  on q, k, v, gate, up
+          post y = z + s U f(D drop z), z = W x + b  on o, down
+parallel: y = W x + b + s U f(D drop x)
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ _INPUT_ROLES = ("down",)
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    """A trained vector, initially ones, on each target: on the input of `down`, on the output (bias included) of others.
+    """A trained vector of ones on each target: on the input of `down`, on the output (bias included) of all others.
 
     Attributes:
         targets: "attention" (k, v), "mlp" (down), "both", or any roles.

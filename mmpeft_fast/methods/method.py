@@ -37,7 +37,9 @@ def resolve_targets(targets: str | Sequence[str], allowed: Sequence[str], method
     return roles
 
 
-def check_number(method: str, name: str, value: object, *, low: float, high: float | None = None, integer=False) -> None:
+def check_number(
+    method: str, name: str, value: object, *, low: float, high: float | None = None, integer=False
+) -> None:
     """Raises ValueError unless low <= value (< high where given)."""
     fits = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not fits or not value >= low or (high is not None and not value < high):

@@ -43,7 +43,7 @@ def _transform_ref(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: 
 
 
 def _transform(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: float) -> Tensor:
-    """[B, T, heads * DH] -> [B, heads, T, DH], a transposed view: the kernel's output then is [B, T, H, DH] in memory."""
+    """[B, T, heads * DH] -> [B, heads, T, DH], a transposed view: the kernel lays its output out alike."""
     x = _heads(x if how.scale is None else (x * how.scale).to(x.dtype), head_dim)
     if how.gain is not None:
         x, _ = rms_norm_forward(x, how.gain, eps)
@@ -64,9 +64,7 @@ def _transform_backward(
     if how.gain is not None:
         scaled = _heads(x if how.scale is None else (x * how.scale).to(x.dtype), head_dim)
         _, rstd = rms_norm_forward(scaled, how.gain, eps)
-        dx, dgain = rms_norm_backward(
-            dx, scaled, how.gain, rstd, need_dx=need_x or need_scale, need_dgain=need_gain
-        )
+        dx, dgain = rms_norm_backward(dx, scaled, how.gain, rstd, need_dx=need_x or need_scale, need_dgain=need_gain)
     if dx is not None:
         dx = dx.flatten(-2)
         if how.scale is not None:
@@ -302,9 +300,7 @@ def attention_ref(
     if rows is not None:
         cos, sin = (torch.take_along_dim(part.expand(len(rows), -1, -1), rows[..., None], dim=1) for part in (cos, sin))
         full = torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        mask = torch.take_along_dim(
-            full.expand(len(rows), 1, *full.shape[-2:]), rows[:, None, :, None], dim=2
-        )
+        mask = torch.take_along_dim(full.expand(len(rows), 1, *full.shape[-2:]), rows[:, None, :, None], dim=2)
     heads_q = transform_heads(q, q_how, cos, sin, head_dim, eps)
     out = concat_prefix_attention(
         heads_q, heads_k, heads_v, scale=head_dim**-0.5 if scale is None else scale, mask=mask, causal=mask is None,

@@ -1,7 +1,8 @@
 """Counter-based dropout: the mask is a function of (seed, stream, row, column), regenerated wherever it is needed.
 
-Philox4x32-10 (Salmon et al., SC'11, "Parallel random numbers: as easy as 1, 2, 3"). One call gives eight 16-bit
-lanes, so element (m, k) of an [M, K] tensor is lane k % 8 of counter (k // 8, m, stream, 0) under key `seed`.
+Philox4x32-7 (Salmon et al., SC'11, "Parallel random numbers: as easy as 1, 2, 3", table 2: the fewest rounds that pass
+BigCrush). One call gives eight 16-bit lanes, so element (m, k) of an [M, K] tensor is lane k % 8 of counter
+(k // 8, m, stream, 0) under key `seed`.
 An element is dropped where its lane, read as a signed 16-bit integer, is below `round(p * 2**16) - 2**15`.
 The same seed gives the same bits in every provider, whatever the device, thread count or tile size.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mmpeft_fast.ops.library import LIBRARY
 
-_ROUNDS = 10
+ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
@@ -31,15 +32,17 @@ def keep_probability(p: float) -> float:
     return 1.0 - round(p * 65536) / 65536
 
 
-def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit counters.
+def philox_4x32(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor, rounds: int = ROUNDS
+) -> tuple[Tensor, ...]:
+    """Philox4x32 on int64 tensors that hold 32-bit counters.
 
     Returns four int64 tensors whose low 32 bits are the result; the upper 32 bits of two of them are not meaningful.
     The four arguments are used as scratch memory.
     """
     k0, k1 = seed & _LOW_32, (seed >> 32) & _LOW_32
     product_0, product_1 = torch.empty_like(c0), torch.empty_like(c0)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         torch.mul(c0, _MULTIPLIER_0, out=product_0)
         torch.mul(c2, _MULTIPLIER_1, out=product_1)
         # Only words that are multiplied next need their upper halves cleared; the sign extension goes with them.
@@ -53,11 +56,14 @@ def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) ->
     return c0, c1, c2, c3
 
 
-def _dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, stream: int) -> Tensor:
+_MASK_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _keep_bits(seed: Tensor, num_rows: int, num_cols: int, p: float, stream: int, itemsize: int) -> Tensor:
     threshold = round(p * 65536) - 32768
     num_blocks = -(-num_cols // _LANES)
     col = torch.arange(num_blocks, device=seed.device)
-    mask = torch.empty(num_rows, num_blocks * _LANES, dtype=torch.bool, device=seed.device)
+    keep = torch.empty(num_rows, num_blocks * _LANES, dtype=_MASK_DTYPES[itemsize], device=seed.device)
     rows_per_chunk = max(1, _CHUNK_COUNTERS // max(1, num_blocks))
     for start in range(0, num_rows, rows_per_chunk):
         row = torch.arange(start, min(start + rows_per_chunk, num_rows), device=seed.device)
@@ -65,34 +71,57 @@ def _dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, stream: int) 
         counters[0] = col
         counters[1] = row[:, None]
         counters[2] = stream
-        words = philox_4x32(*counters.unbind(), seed)
-        lanes = torch.stack([word.to(torch.int32) for word in words], dim=-1).view(torch.int16)
-        torch.lt(lanes.flatten(1), threshold, out=mask[start : start + len(row)])
-    return mask if mask.shape[1] == num_cols else mask[:, :num_cols].contiguous()
+        words = torch.empty(len(row), num_blocks, 4, dtype=torch.int32, device=seed.device)
+        for i, word in enumerate(philox_4x32(*counters.unbind(), seed)):
+            words[..., i].copy_(word)
+        # 0 where a lane is below the threshold, -1 (all bits) elsewhere; comparisons to bool are several times slower.
+        lanes = words.view(torch.int16).flatten(1).clamp_(threshold - 1, threshold)
+        torch.sub(threshold - 1, lanes, out=lanes)
+        keep[start : start + len(row)] = lanes
+    return keep if keep.shape[1] == num_cols else keep[:, :num_cols].contiguous()
 
 
 # One op to the dispatcher: a provider replaces it by device, and fake tensors need not trace its arithmetic.
-LIBRARY.define("dropped(Tensor seed, SymInt num_rows, SymInt num_cols, float p, int stream) -> Tensor")
-LIBRARY.impl("dropped", _dropped, "CompositeExplicitAutograd")
+LIBRARY.define("keep_bits(Tensor seed, SymInt num_rows, SymInt num_cols, float p, int stream, int itemsize) -> Tensor")
+LIBRARY.impl("keep_bits", _keep_bits, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mmpeft_fast::dropped", lib=LIBRARY)
-def _(seed, num_rows, num_cols, p, stream):
-    return seed.new_empty((num_rows, num_cols), dtype=torch.bool)
+@torch.library.register_fake("mmpeft_fast::keep_bits", lib=LIBRARY)
+def _(seed, num_rows, num_cols, p, stream, itemsize):
+    return seed.new_empty((num_rows, num_cols), dtype=_MASK_DTYPES[itemsize])
 
 
-def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:
-    """Which elements of a [num_rows, num_cols] tensor are dropped with probability `p`.
+def keep_bits(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0, itemsize: int = 2) -> Tensor:
+    """Dropout as a bit mask: all bits set where an element is kept, none where it is dropped.
 
     Args:
         seed: 0-dim int64 tensor, on the device of the result.
-        p: dropout probability, 0 <= p < 1.
+        p: dropout probability, 2**-17 < p < 1.
         stream: separates masks that share a seed.
+        itemsize: bytes of an element of the tensor to be masked: 2, 4 or 8.
 
     Returns:
-        Bool tensor [num_rows, num_cols].
+        [num_rows, num_cols] int16, int32 or int64.
     """
-    return torch.ops.mmpeft_fast.dropped(seed, num_rows, num_cols, p, stream)
+    return torch.ops.mmpeft_fast.keep_bits(seed, num_rows, num_cols, p, stream, itemsize)
+
+
+def mask_(x: Tensor, keep: Tensor) -> Tensor:
+    """Zeroes the dropped elements of a contiguous x [M, K] in place; `keep` from `keep_bits` with x's item size."""
+    x.view(keep.dtype).bitwise_and_(keep)
+    return x
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """x [M, K], contiguous, with dropped elements zero."""
+    return (x.view(keep.dtype) & keep).view(x.dtype)
+
+
+def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:
+    """Which elements of a [num_rows, num_cols] tensor are dropped: bool, True with probability `p`."""
+    if round(p * 65536) == 0:
+        return torch.zeros(num_rows, num_cols, dtype=torch.bool, device=seed.device)
+    return keep_bits(seed, num_rows, num_cols, p, stream=stream) == 0
 
 
 def dropout_ref(x: Tensor, seed: Tensor, p: float, *, stream: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmpeft_fast.ops.activations import ACTIVATIONS, activation_backward
-from mmpeft_fast.ops.dropout import draw_seed, dropout_ref, dropped, keep_probability
+from mmpeft_fast.ops.dropout import draw_seed, dropout_ref, keep_bits, keep_probability, mask_, masked
 from mmpeft_fast.ops.prologue import prologue_backward, prologue_forward, prologue_ref
 from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
@@ -53,7 +53,8 @@ class _Masks:
     def _mask(self, key: tuple[float, int]) -> Tensor:
         if key not in self._masks:
             rows, cols = self._operand.shape
-            self._masks[key] = dropped(self._seed, rows, cols, key[0], stream=key[1])
+            itemsize = self._operand.element_size()
+            self._masks[key] = keep_bits(self._seed, rows, cols, key[0], stream=key[1], itemsize=itemsize)
         return self._masks[key]
 
     def apply(self, key: tuple[float, int] | None) -> Tensor:
@@ -61,7 +62,7 @@ class _Masks:
         if key is None:
             return self._operand
         if key not in self._operands:
-            self._operands[key] = self._operand.masked_fill(self._mask(key), 0.0)
+            self._operands[key] = masked(self._operand, self._mask(key))
         return self._operands[key]
 
     def add_product_(self, out: Tensor, key: tuple[float, int] | None, da: Tensor, down: Tensor) -> None:
@@ -70,7 +71,7 @@ class _Masks:
             out.addmm_(da, down)
         else:
             product = _scaled_mm(da, down, 1.0 / keep_probability(key[0]))
-            out.add_(product.masked_fill_(self._mask(key), 0.0))
+            out.add_(mask_(product, self._mask(key)))
 
 
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -383,7 +384,7 @@ def fused_linear(
                 position=branch.position,
                 mask=(
                     (branch.dropout, branch.stream + (_POST_STREAM if branch.position == "post" else 0))
-                    if branch.dropout > 0.0
+                    if round(branch.dropout * 65536) > 0
                     else None
                 ),
             )

@@ -1,7 +1,7 @@
 """What happens to a fused linear's input before the GEMM: h = prologue(x), recomputed in the backward, never stored.
 
-    none:     h = x * l                       rms_norm: h = gain * x * rstd * l
-    swiglu:   h = silu(gate) * up * l         l: optional input scale (IA3)
+none:     h = x * l                       rms_norm: h = gain * x * rstd * l
+swiglu:   h = silu(gate) * up * l         l: optional input scale (IA3)
 """
 
 from typing import NamedTuple
@@ -33,7 +33,12 @@ def prologue_ref(name: str, x: tuple[Tensor, ...], gain: Tensor | None, eps: flo
 
 
 def prologue_forward(
-    name: str, x: tuple[Tensor, ...], gain: Tensor | None, eps: float, in_scale: Tensor | None, rstd: Tensor | None = None
+    name: str,
+    x: tuple[Tensor, ...],
+    gain: Tensor | None,
+    eps: float,
+    in_scale: Tensor | None,
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h [M, K] and, for rms_norm, rstd [M, 1] (used instead of computed where given)."""
     if name == "rms_norm":

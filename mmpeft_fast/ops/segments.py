@@ -1,6 +1,5 @@
 """The vocabulary of a fused linear call: segments of a stacked weight, bottleneck branches, and what fits together."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,7 +27,7 @@ class Branch(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Rows of the stacked weight that share the op's input. weight: [N, K], bias: [N] or None, out_scale: [N] or None."""
+    """Rows of the stacked weight that share the op's input: weight [N, K]; bias and out_scale [N] or None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -88,5 +87,3 @@ def check_call(x, segments, prologue, gain, in_scale, residual):
                 f"residual {[*x[0].shape[:-1], segments[0].weight.shape[0]]} of {dtype}",
                 f"{list(residual.shape)} of {residual.dtype}",
             )
-
-

@@ -71,7 +71,9 @@ def make_call(
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
 
     def matrix(rows, cols):  # outputs of the scale of inputs, as trained layers have
-        return (torch.randn(rows, cols, dtype=torch.float64, generator=generator) / cols**0.5).to(dtype).requires_grad_()
+        return (
+            (torch.randn(rows, cols, dtype=torch.float64, generator=generator) / cols**0.5).to(dtype).requires_grad_()
+        )
 
     def branch(position):
         down = matrix(rank, num_out if position == "post" else width)

@@ -14,7 +14,9 @@ from tests.closeness import assert_as_close_as_eager, assert_exact
 HEAD_DIM = 8
 
 
-def make(*, heads=4, kv_heads=2, length=7, prefix=3, scales=False, norms=False, mask=None, rows=False, dtype=torch.float64):
+def make(
+    *, heads=4, kv_heads=2, length=7, prefix=3, scales=False, norms=False, mask=None, rows=False, dtype=torch.float64
+):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -51,15 +53,11 @@ def run(function, inputs, options, tensors):
     return out, torch.autograd.grad(out, tensors, upstream)
 
 
-
-
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("mask", [None, "left", "right"])
 def test_equals_concatenation_in_float64(heads, mask):
     for prefix, scales, norms, rows in itertools.product([0, 3], [False, True], [False, True], [False, True]):
-        case = make(
-            heads=heads[0], kv_heads=heads[1], prefix=prefix, scales=scales, norms=norms, mask=mask, rows=rows
-        )
+        case = make(heads=heads[0], kv_heads=heads[1], prefix=prefix, scales=scales, norms=norms, mask=mask, rows=rows)
         out, grads = run(attention, *case)
         truth, true_grads = run(attention_ref, *case)
         assert_exact(out, truth, f"{prefix} {scales} {norms} {rows}")
@@ -140,7 +138,10 @@ def test_frozen_parts_get_no_gradient_and_the_rest_is_unchanged():
 
 def test_under_fake_tensors():
     with FakeTensorMode():
-        q, k = torch.empty(2, 9, 64, dtype=torch.bfloat16, requires_grad=True), torch.empty(2, 9, 32, dtype=torch.bfloat16)
+        q, k = (
+            torch.empty(2, 9, 64, dtype=torch.bfloat16, requires_grad=True),
+            torch.empty(2, 9, 32, dtype=torch.bfloat16),
+        )
         cos = torch.empty(1, 9, 16, dtype=torch.bfloat16)
         prefix = torch.empty(2, 5, 16, requires_grad=True)
         attention(q, k, k, cos, cos, head_dim=16, prefix=(prefix, prefix)).sum().backward()

@@ -1,0 +1,85 @@
+"""One measurement, one row: what ran, on what, how long, and from which commit."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Times functions in turn, round after round, so that they see the same machine; milliseconds by name."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_idx in range(warmup + rounds):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if round_idx >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quantiles(times_ms: list[float]) -> dict[str, float]:
+    p20, p50, p80 = (
+        torch.tensor(times_ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return {"p50_ms": p50, "p20_ms": p20, "p80_ms": p80}
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, object]:
+    """Device, versions and commit, the same for every row of a run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "driver": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Adds rows to a JSON-lines file; the file has all of them or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text() if path.exists() else ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(old + "".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)

@@ -1,0 +1,143 @@
+"""Time and memory of a training step of a LLaMA-like decoder, by method, against HF PEFT and the frozen model.
+
+    python -m bench.step --dtype bf16 --out results/bench/step.jsonl
+
+`frozen` is the stock model's forward and backward to its input embeddings: the speed of light of fine-tuning with a
+frozen base. A step here is forward and backward; optimizers are the same for all and left out.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from bench.rows import append_rows, environment, interleaved, quantiles
+from mmpeft_fast import METHODS, fuse, make_method, saved_bytes
+from mmpeft_fast.baseline import add_baseline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def decoder(args) -> LlavaForConditionalGeneration:
+    text = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        vocab_size=args.vocab,
+        max_position_embeddings=8192,
+    )
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=text)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(args.seed)
+    return LlavaForConditionalGeneration(config).to(DTYPES[args.dtype])
+
+
+def inputs(args) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(args.seed)
+    embeddings = torch.randn(args.batch_size, args.seq_len, args.hidden, generator=generator) * 0.02
+    labels = torch.randint(0, args.vocab, (args.batch_size, args.seq_len), generator=generator)
+    labels[:, : round(args.seq_len * (1 - args.supervised))] = -100
+    return {"inputs_embeds": embeddings.to(DTYPES[args.dtype]), "labels": labels}
+
+
+def settings(args, method: str) -> dict:
+    rank = {"lora": {"r": args.r, "alpha": 2 * args.r}, "adapter": {"bottleneck": args.r}}.get(method, {})
+    return rank | ({"dropout": args.dropout} if method in ("lora", "adapter") else {})
+
+
+def implementations(args, method: str) -> dict:
+    """Models by implementation, trained parameters off their initial zeros; `peft` has the base's dtype throughout."""
+    models = {"frozen": decoder(args).requires_grad_(False).train()}
+    for name in ("peft", "fused"):
+        torch.manual_seed(args.seed)
+        model, _ = add_baseline(decoder(args), make_method(method, **settings(args, method)))
+        generator = torch.Generator().manual_seed(args.seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += torch.randn(parameter.shape, generator=generator).mul_(0.02).to(parameter.dtype)
+        if not args.fp32_adapters:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(DTYPES[args.dtype])
+        models[name] = (fuse(model) if name == "fused" else model).train()
+    return models
+
+
+def step(model, batch, *, frozen: bool = False):
+    for parameter in model.parameters():
+        parameter.grad = None
+    if frozen:
+        batch = {**batch, "inputs_embeds": batch["inputs_embeds"].clone().requires_grad_()}
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss
+
+
+def bench_method(args, method: str) -> list[dict]:
+    models, batch = implementations(args, method), inputs(args)
+    functions = {
+        name: (lambda model=model, name=name: step(model, batch, frozen=name == "frozen"))
+        for name, model in models.items()
+    }
+    saved = {}
+    for name, model in models.items():
+        fresh = copy.copy(batch)
+        if name == "frozen":
+            fresh["inputs_embeds"] = batch["inputs_embeds"].clone().requires_grad_()
+        with saved_bytes(model) as counter:
+            model(**fresh, use_cache=False)
+        saved[name] = counter.bytes / 2**20
+    times = {name: quantiles(values) for name, values in interleaved(functions, rounds=args.rounds).items()}
+    shape = {name: getattr(args, name) for name in ("hidden", "intermediate", "layers", "heads", "vocab", "seed")}
+    common = {
+        "op": "step", "mode": "fwd_bwd", "method": method, "dtype": args.dtype, "batch_size": args.batch_size,
+        "seq_len": args.seq_len, "supervised": args.supervised, **settings(args, method), **shape,
+    }  # fmt: skip
+    rows = []
+    for name, time in times.items():
+        ratios = {f"x_{other}": time["p50_ms"] / times[other]["p50_ms"] for other in ("frozen", "peft")}
+        rows.append({**common, "implementation": name, **time, **ratios, "saved_mib": saved[name], **environment()})
+    return rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["lora"], choices=sorted(METHODS))
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
+    for name, default in (
+        ("hidden", 1024), ("intermediate", 2752), ("layers", 4), ("heads", 8), ("kv-heads", 0), ("vocab", 8192),
+        ("batch-size", 2), ("seq-len", 512), ("r", 64), ("rounds", 9), ("seed", 0), ("threads", 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--supervised", type=float, default=0.05, help="share of tokens that carry a label")
+    parser.add_argument(
+        "--fp32-adapters", action="store_true", help="PEFT parameters in float32, as HF PEFT makes them"
+    )
+    parser.add_argument("--out", type=Path, help="JSON-lines file to append rows to")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for method in args.methods:
+        rows = bench_method(args, method)
+        for row in rows:
+            print(
+                f"{method:15} {args.dtype} {row['implementation']:7} {row['p50_ms']:8.1f} ms"
+                f"  {row['x_frozen']:5.2f} x frozen  {row['x_peft']:5.2f} x peft  saved {row['saved_mib']:8.1f} MiB",
+                flush=True,
+            )
+        if args.out:
+            append_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

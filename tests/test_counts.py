@@ -1,0 +1,101 @@
+"""Trainable parameters at real sizes equal the papers' tables (arXiv 2406.05130 table 15; arXiv 2312.11420)."""
+
+import pytest
+from torch import nn
+
+from mmpeft_fast import add_peft, make_method
+from mmpeft_fast.models import FAMILIES, empty_model
+
+CONNECTOR = {"llava-1.5-7b": 20_979_712, "llava-1.5-13b": 31_467_520}
+TRAINABLE = {
+    "llava-1.5-7b": {
+        ("adapter",): 201_326_592,
+        ("lora",): 319_815_680,
+        ("ia3",): 614_400,
+        ("prefix",): 5_242_880,
+        ("layernorm-simp",): 262_144,
+        ("lora", ("r", 16)): 39_976_960,
+        ("lora", ("r", 32)): 79_953_920,
+        ("lora", ("r", 64)): 159_907_840,
+        ("lora", ("targets", "attention")): 134_217_728,
+        ("lora", ("targets", "mlp")): 185_597_952,
+        ("adapter", ("bottleneck", 32)): 25_165_824,
+        ("adapter", ("bottleneck", 64)): 50_331_648,
+        ("adapter", ("bottleneck", 128)): 100_663_296,
+        ("prefix", ("num_virtual_tokens", 10)): 2_621_440,
+        ("prefix", ("num_virtual_tokens", 40)): 10_485_760,
+        ("prefix", ("projection", True)): 1_090_867_200,
+    },
+    "llava-1.5-13b": {
+        ("adapter",): 314_572_800,
+        ("lora",): 500_695_040,
+        ("ia3",): 962_560,
+        ("prefix",): 8_192_000,
+        ("layernorm-simp",): 409_600,
+        ("prefix", ("projection", True)): 2_123_883_520,
+    },
+}
+CASES = [(size, key, count) for size, counts in TRAINABLE.items() for key, count in counts.items()]
+# Percentages of the study's table 15, frozen and tuned connector.
+PERCENT = {
+    "llava-1.5-7b": {
+        "adapter": (2.771, 3.060),
+        "lora": (4.332, 4.616),
+        "ia3": (0.0087, 0.306),
+        "prefix": (0.074, 0.371),
+    },
+    "llava-1.5-13b": {
+        "adapter": (2.301, 2.532),
+        "lora": (3.615, 3.842),
+        "ia3": (0.0072, 0.243),
+        "prefix": (0.061, 0.297),
+    },
+}
+
+
+def built(size, method, *, train_connector=False, change=None):
+    config = FAMILIES["llava"].sizes[size]()
+    if change:
+        change(config)
+    model = empty_model(config)
+    return add_peft(model, method, train_connector=train_connector)
+
+
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def trained(model):
+    return count(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("size, key, expected", CASES, ids=str)
+def test_trainable_parameters(size, key, expected):
+    name, *settings = key
+    model = built(size, make_method(name, **dict(settings)))
+    assert trained(model) == expected
+    assert count(model.model.multi_modal_projector.parameters()) == CONNECTOR[size]
+
+
+@pytest.mark.parametrize("size", PERCENT)
+@pytest.mark.parametrize("method", ["adapter", "lora", "ia3", "prefix"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_percentages_of_the_study(size, method, tuned):
+    def vicuna_vocabulary(config):  # the study's checkpoints have 32,000 words
+        config.text_config.vocab_size = 32000
+
+    model = built(size, make_method(method), train_connector=tuned, change=vicuna_vocabulary)
+    percent = 100 * trained(model) / count(model.parameters())
+    published = PERCENT[size][method][tuned]
+    digits = len(str(published).split(".")[1])
+    assert abs(percent - published) <= 1.5 * 10**-digits
+
+
+@pytest.mark.parametrize("size, expected", [("llava-1.5-7b", 266_604_544), ("llava-1.5-13b", 333_337_600)])
+def test_layernorm_with_linear_connector_embeddings_and_head(size, expected):
+    config = FAMILIES["llava"].sizes[size]()
+    config.text_config.vocab_size = 32000
+    model = empty_model(config)
+    width = config.text_config.hidden_size
+    model.model.multi_modal_projector = nn.Linear(config.vision_config.hidden_size, width, device="meta")
+    assert trained(add_peft(model, make_method("layernorm"))) == expected

@@ -1,0 +1,95 @@
+"""Settings of the methods: what they place where, and what they refuse."""
+
+import pytest
+import torch
+
+from mmpeft_fast import IA3, METHODS, Adapter, LayerNorm, LoRA, Prefix, add_peft, make_method
+from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
+from mmpeft_fast.layers.plan import ATTENTION_ROLES, BranchPlan
+from tests.tiny_models import tiny_model
+
+
+def test_study_defaults():
+    lora = LoRA().plan().branches
+    assert set(lora) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert lora["q"] == BranchPlan(position="parallel", rank=128, scaling=2.0, dropout=0.05)
+    adapter = Adapter().plan().branches
+    assert {role: branch.position for role, branch in adapter.items()} == {"gate": "pre", "up": "pre", "down": "post"}
+    assert adapter["up"].activation == "tanh" and adapter["up"].rank == 256 and adapter["up"].init == "bert"
+    assert IA3().plan().scales == {"k": "output", "v": "output", "down": "input"}
+    assert Prefix().plan().prefix.num_virtual_tokens == 20
+    assert make_method("layernorm") == LayerNorm(connector=True, embeddings=True, head=True)
+
+
+def test_locations():
+    assert tuple(LoRA(targets="attention").plan().branches) == ATTENTION_ROLES
+    assert {r: b.position for r, b in Adapter(targets="attention").plan().branches.items()} == {
+        "q": "pre", "k": "pre", "v": "pre", "o": "post",
+    }  # fmt: skip
+    assert {b.position for b in Adapter(placement="parallel", targets="both").plan().branches.values()} == {"parallel"}
+    assert IA3(targets="attention").plan().scales == {"k": "output", "v": "output"}
+    assert IA3(targets="mlp").plan().scales == {"down": "input"}
+    assert LoRA(r=4, alpha=8, rank_stabilized=True).scaling == 4.0
+    streams = [branch.stream for branch in LoRA(independent_masks=True).plan().branches.values()]
+    assert len(set(streams)) == 7
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("lora", {"r": 0}, "LoRA: expected r to be an integer >= 1, got 0"),
+        ("lora", {"r": 2.5}, "LoRA: expected r to be an integer >= 1, got 2.5"),
+        ("lora", {"dropout": 1}, r"LoRA: expected dropout to be a number in \[0, 1\), got 1"),
+        ("lora", {"dropout": float("nan")}, "LoRA: expected dropout"),
+        ("lora", {"targets": "everything"}, "expected targets in .*'attention', 'both', 'mlp'.* got 'everything'"),
+        ("lora", {"targets": ("q", "w")}, r"unknown roles \['w'\]; expected roles in \['q', 'k'"),
+        ("lora", {"targets": ("q", "q")}, "at least one role and none twice"),
+        ("lora", {"targets": ()}, "at least one role"),
+        ("lora", {"rank": 8}, r"method 'lora' has no setting \['rank'\]; expected settings in \['r', 'alpha'"),
+        ("adapter", {"activation": "selu"}, "expected activation in .* got 'selu'"),
+        ("adapter", {"init": "zeros"}, "expected init in .* got 'zeros'"),
+        ("prefix", {"num_virtual_tokens": 0}, "num_virtual_tokens to be an integer >= 1, got 0"),
+        ("dora", {}, "unknown method 'dora'; expected one of .*'lora'"),
+    ],
+)
+def test_refused_settings(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(name, **settings)
+
+
+@pytest.mark.parametrize("init", ["bert", "kaiming"])
+def test_initialisation(init):
+    torch.manual_seed(0)
+    branch = Bottleneck(512, 256, BranchPlan(position="parallel", rank=64, init=init), torch.empty(0))
+    bound = {"bert": 0.02, "kaiming": (1 / 512) ** 0.5 / 3**0.5}[init]  # standard deviations
+    deviation = branch.down.std().item()
+    assert abs(deviation - bound) < 0.05 * bound
+    assert (branch.up == 0).all() if init == "kaiming" else abs(branch.up.std().item() - 0.02) < 0.001
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_the_method_is_trained(name):
+    model = add_peft(tiny_model("qwen2_vl"), make_method(name))
+    trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+    marks = {
+        "lora": ("branches",), "adapter": ("branches",), "ia3": ("_scale",), "prefix": ("prefix_encoder",),
+        "layernorm-simp": ("layernorm",), "layernorm": ("layernorm", "merger", "embed_tokens", "lm_head"),
+    }[name]  # fmt: skip
+    assert trained and all(any(mark in n for mark in marks) for n in trained)
+    assert all(any(mark in n for n in trained) for mark in marks)
+
+
+def test_wide_parameters_over_a_half_precision_base():
+    model = add_peft(tiny_model("llava", dtype=torch.bfloat16), LoRA(r=2))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_lora_starts_as_the_base_and_names_of_the_base_stay():
+    model = tiny_model("llava")
+    names = set(model.state_dict())
+    linear = model.model.language_model.layers[0].mlp.up_proj
+    x = torch.randn(3, 256)
+    before = linear(x)
+    add_peft(model, LoRA(r=2, dropout=0.0))
+    assert isinstance(linear, PeftLinear) and torch.equal(linear(x), before)
+    assert names < set(model.state_dict())
