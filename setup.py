@@ -6,5 +6,5 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["mmpeft_fast", "mmpeft_fast.*"]) + find_packages("kernels"),
     package_dir={"mmpeft_fast": "mmpeft_fast", "mmpeft_kernels": "kernels/mmpeft_kernels"},
-    package_data={"mmpeft_fast.study": ["*.css"], "mmpeft_kernels": ["tuned/*.json"]},
+    package_data={"mmpeft_fast.study": ["*.css"], "mmpeft_kernels": ["*.json", "tuned/*.json"]},
 )

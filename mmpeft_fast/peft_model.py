@@ -21,7 +21,7 @@ from mmpeft_fast.models import Family, base_model, family_of
 __all__ = ["add_peft", "fuse", "is_fused", "unfuse"]
 
 # Attributes that fuse puts on modules; unfuse removes them.
-_FUSE_ATTRIBUTES = ("is_tail", "keep_logits", "output_class", "sparse_last_layer")
+_FUSE_ATTRIBUTES = ("full_attention", "is_tail", "keep_logits", "output_class", "sparse_last_layer")
 
 
 def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False) -> nn.Module:
@@ -146,6 +146,7 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
     base.keep_logits = keep_logits
     base.output_class = family.output_class
     base.sparse_last_layer = family.sparse_last_layer(base.config)
+    base.full_attention = set(getattr(decoder.config, "layer_types", None) or ()) <= {"full_attention"}
     hf_peft.fuse_prefix(model, decoder)
     return model
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmpeft_fast import LoRA, add_peft, fuse, is_fused, make_method, unfuse
 from mmpeft_fast.baseline import add_baseline
-from mmpeft_fast.layers.causal_lm import supervised_targets
+from mmpeft_fast.layers.causal_lm import causality_suffices, supervised_targets
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.measure import saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
@@ -165,6 +165,24 @@ def test_supervised_targets():
     rows, targets = supervised_targets(labels)
     assert rows.tolist() == [[2, 4], [1, 5]] and targets.tolist() == [[7, 8], [5, -100]]
     assert torch.equal(supervised_targets(labels, capacity=4)[1][:, :2], targets)
+
+
+def test_right_padding_needs_no_mask():
+    """Same loss and gradients with the mask dropped (right padding), kept (said not to be), and on the left."""
+    rows = torch.tensor([[3, 4], [2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert causality_suffices(mask, rows)
+    assert not causality_suffices(mask.flip(1), rows)
+    assert not causality_suffices(torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), rows)
+    assert not causality_suffices(None, rows)
+    model = fuse(add_peft(tiny_model("qwen2_vl"), LoRA(r=4, alpha=8, dropout=0.0))).train()
+    randomize_trainable(model)
+    batch = tiny_batch("qwen2_vl", padding_side="right")
+    loss, grads = loss_and_grads(model, batch)
+    masked_loss, masked_grads = loss_and_grads(model, batch | {"right_padded": False})
+    torch.testing.assert_close(loss, masked_loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, masked_grads[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])

@@ -7,6 +7,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -37,19 +38,34 @@ def supervised_targets(labels: Tensor, capacity: int | None = None) -> tuple[Ten
     return rows, targets.gather(1, rows)
 
 
+def causality_suffices(attention_mask: Tensor | None, rows: Tensor) -> bool:
+    """Whether a padding mask [B, T] can be left out: padding is on the right only, so no supervised row can see it.
+
+    Decided only where that needs no host synchronisation; on accelerators the caller has to say so (`right_padded`).
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.device.type != "cpu":
+        return False
+    if isinstance(attention_mask, FakeTensor):
+        return False
+    real = attention_mask.bool()
+    return bool(real[:, 0].all() and (real[:, 1:] <= real[:, :-1]).all())
+
+
 class FusedCausalLM(Swapped):
     """Mixin for `...ForConditionalGeneration`: training with labels takes the loss from the token-sparse tail and
     returns `logits=None`, unless the model was fused with `keep_logits=True`.
 
-    Extra keyword of `forward`: `supervised_capacity`, see `supervised_targets`. `num_items_in_batch` divides the
-    summed loss, as in transformers.
+    Extra keywords of `forward`, both to spare host synchronisations: `supervised_capacity` (see `supervised_targets`)
+    and `right_padded` (padding, if any, is on the right; read from a mask on the CPU when not given): attention then
+    needs no mask. `num_items_in_batch` divides the summed loss, as in transformers.
     """
 
     keep_logits = False
     sparse_last_layer = True
+    full_attention = True
 
     def forward(self, *args, **kwargs):
-        capacity = kwargs.pop("supervised_capacity", None)
+        hints = {name: kwargs.pop(name, None) for name in ("supervised_capacity", "right_padded")}
         if kwargs.get("output_attentions"):
             raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
         base_forward = super().forward
@@ -63,21 +79,34 @@ class FusedCausalLM(Swapped):
             labels = kwargs.get("labels")
             if labels is None:
                 return base_forward(**kwargs)
-        return self._loss_from_tail(capacity=capacity, **kwargs)
+        return self._loss_from_tail(**hints, **kwargs)
 
     def _loss_from_tail(
-        self, *, capacity, labels, num_items_in_batch=None, logits_to_keep=0, return_dict=None, **kwargs
+        self,
+        *,
+        supervised_capacity,
+        right_padded,
+        labels,
+        num_items_in_batch=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
     ):
-        rows, targets = supervised_targets(labels, capacity)
-        sparse = (
+        rows, targets = supervised_targets(labels, supervised_capacity)
+        if right_padded is None:
+            right_padded = causality_suffices(kwargs.get("attention_mask"), rows)
+        if right_padded and self.full_attention:
+            kwargs["ignore_padding"] = True
+        if (
             self.sparse_last_layer
             and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]
             and not kwargs.get("output_hidden_states")
-        )
+        ):
+            kwargs["supervised_rows"] = rows
         kwargs["use_cache"] = False  # a training pass has no use for keys and values
-        outputs = self.model(**kwargs, supervised_rows=rows) if sparse else self.model(**kwargs)
+        outputs = self.model(**kwargs)
         hidden = outputs.last_hidden_state
-        if not sparse:
+        if "supervised_rows" not in kwargs:
             hidden = torch.take_along_dim(hidden, rows[..., None], dim=1)
         loss = self._head_loss(hidden.flatten(0, 1), targets.flatten(), num_items_in_batch)
         fields = {"hidden_states": outputs.hidden_states, "image_hidden_states": outputs.get("image_hidden_states")}

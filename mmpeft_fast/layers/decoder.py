@@ -22,7 +22,8 @@ class FusedDecoderLayer(Swapped):
     `mlp.{gate,up,down}_proj`, two RMSNorms). Parameters stay where they are; this only replaces the computation.
 
     `is_tail` marks the last layer: given `supervised_rows` [B, C] it computes queries, o, and the MLP at those
-    positions only and returns [B, C, H]; keys and values are needed everywhere.
+    positions only and returns [B, C, H]; keys and values are needed everywhere. `ignore_padding`: causality alone
+    keeps padding out of every row that counts, so the mask is not needed.
     """
 
     is_tail = False
@@ -36,6 +37,7 @@ class FusedDecoderLayer(Swapped):
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         supervised_rows: Tensor | None = None,
+        ignore_padding: bool = False,
         **kwargs,
     ) -> Tensor:
         x = hidden_states
@@ -43,7 +45,7 @@ class FusedDecoderLayer(Swapped):
         gain, eps = read_norm(self.input_layernorm)
         q, k, v = (read_linear(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
         rows = supervised_rows if self.is_tail else None
-        mask = full_mask(attention_mask, x.shape[1])
+        mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
 
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
         def project(x, *sites):

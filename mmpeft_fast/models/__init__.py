@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mmpeft_fast.models.family import Family
 from mmpeft_fast.models.llava import LLAVA
@@ -63,7 +63,7 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
         config = AutoConfig.from_pretrained(name_or_path)
         family = _family_for(config.model_type, f"model {name_or_path!r}")
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        processor = family.processor_class.from_pretrained(name_or_path)
     except (ImportError, OSError, KeyError) as error:
         kind = "folder" if Path(name_or_path).is_dir() else "model name"
         reason = str(error).strip().splitlines()[0]

@@ -27,6 +27,7 @@ class Family:
     Attributes:
         name: key in `FAMILIES`.
         model_class: the `...ForConditionalGeneration` class.
+        processor_class: what turns text and images into its inputs, loaded with a checkpoint.
         model_types: `config.model_type` values that belong to the family.
         decoder: path of the text model (with `layers`, `norm`, `embed_tokens`, `rotary_emb`).
         connector: paths of the modules between vision tower and decoder.
@@ -41,6 +42,7 @@ class Family:
 
     name: str
     model_class: type[PreTrainedModel]
+    processor_class: type[ProcessorMixin]
     model_types: tuple[str, ...]
     decoder: str
     connector: tuple[str, ...]

@@ -1,13 +1,13 @@
 """LLaVA-1.5 (Liu et al. 2023) and ShareGPT4V, which has the same shape: CLIP tower, two-layer connector, LLaMA."""
 
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mmpeft_fast.models.family import Family
@@ -82,7 +82,7 @@ def _tiny_config(vocab_size: int, token_id) -> LlavaConfig:
 
 def _tiny_processor(tokenizer) -> LlavaProcessor:
     side = {"height": 64, "width": 64}
-    images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=side)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side)
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -96,6 +96,7 @@ def _tiny_processor(tokenizer) -> LlavaProcessor:
 LLAVA = Family(
     name="llava",
     model_class=LlavaForConditionalGeneration,
+    processor_class=LlavaProcessor,
     model_types=("llava",),
     decoder="model.language_model",
     connector=("model.multi_modal_projector",),

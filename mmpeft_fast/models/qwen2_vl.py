@@ -3,10 +3,10 @@
 from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
 from mmpeft_fast.models.family import Family
@@ -104,13 +104,14 @@ class ImageQwen2VLProcessor(Qwen2VLProcessor):
 def tiny_processor(tokenizer) -> ImageQwen2VLProcessor:
     """64 x 64 pixel images give 8 x 8 patches, merged to 16 tokens."""
     pixels = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
-    images = Qwen2VLImageProcessor(patch_size=TINY_PATCH_SIZE, merge_size=2, size=pixels)
+    images = Qwen2VLImageProcessorPil(patch_size=TINY_PATCH_SIZE, merge_size=2, size=pixels)
     return ImageQwen2VLProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 QWEN2_VL = Family(
     name="qwen2_vl",
     model_class=Qwen2VLForConditionalGeneration,
+    processor_class=ImageQwen2VLProcessor,
     model_types=("qwen2_vl",),
     decoder="model.language_model",
     connector=("model.visual.merger",),

@@ -1,0 +1,169 @@
+"""One cell in a process of its own: `python -m mmpeft_fast.study.cell --spec JSON --out FILE`.
+
+Trains one method on one model, and times each training step beside a step of the frozen model in the same process, so
+that the ratio of the two holds on a machine whose speed changes from minute to minute.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast import __version__
+from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.data import Collator
+from mmpeft_fast.measure import peak_bytes, saved_bytes
+from mmpeft_fast.methods import make_method
+from mmpeft_fast.models import load_pretrained
+from mmpeft_fast.peft_model import add_peft, fuse
+from mmpeft_fast.study.cells import CellSpec
+from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches
+from mmpeft_fast.study.process import child_main
+from mmpeft_fast.study.steps import frozen_forward, frozen_step, frozen_twin, inputs_for, training_steps
+from mmpeft_fast.train import evaluate_accuracy, seed_everything
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARMUP_STEPS = 4  # steps whose time does not count: first-touch of memory, optimizer state, library set-up
+MIB = 2**20
+
+
+def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
+    """Runs a cell.
+
+    Args:
+        spec: the cell.
+        inputs: where its conversations are.
+        base: folder or name of the checkpoint it starts from.
+
+    Returns:
+        the measured fields of its row; the notes of the report define them.
+    """
+    torch.set_num_threads(spec.threads)
+    device = torch.device(spec.device)
+    model, processor = load_pretrained(base, dtype=TORCH_DTYPES[spec.dtype])
+    model.to(device).requires_grad_(False)
+    collator = Collator(processor)
+    train, evaluation = load_samples(inputs, eval_samples=spec.eval_samples)
+    batches = [
+        collator(samples)
+        for samples in sample_batches(train, batch_size=spec.batch_size, steps=spec.steps, seed=spec.seed)
+    ]
+    batches[-1] = batches[0]  # so that the first and the last loss are of the same samples
+
+    twin = frozen_twin(model)
+    model, implementation = _prepare(model, spec)
+    losses, step_ms, frozen_step_ms = _run_steps(model, twin, batches, spec)
+    del twin
+    accuracy = evaluate_accuracy(model, collator, evaluation, batch_size=spec.batch_size)
+    return _sizes(model, batches) | {
+        "baseline": implementation,
+        "step_ms_p50": statistics.median(step_ms),
+        "frozen_step_ms_p50": statistics.median(frozen_step_ms),
+        "losses": losses,
+        "accuracy": accuracy,
+        **_memory(model, batches[0], spec),
+    }
+
+
+def _prepare(model: nn.Module, spec: CellSpec) -> tuple[nn.Module, str]:
+    """The model with its method, and whose code runs it."""
+    if spec.implementation == "frozen":
+        return model, "transformers"
+    method = make_method(spec.method, **spec.overrides)
+    seed_everything(spec.seed)
+    if spec.implementation == "peft":
+        return add_baseline(model, method)
+    # HF PEFT draws initial values in an order of its own, so the fused model starts from those it would have drawn.
+    reference, _ = add_baseline(frozen_twin(model), method)
+    add_peft(model, method)
+    with torch.no_grad():
+        for parameter, initial in zip(_trainable(model), _trainable(reference), strict=True):
+            parameter.copy_(initial.view_as(parameter))
+    seed_everything(spec.seed)
+    return fuse(model), f"mmpeft-fast {__version__}"
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _run_steps(
+    model: nn.Module, twin: nn.Module, batches: list[dict], spec: CellSpec
+) -> tuple[list[float], list[float], list[float]]:
+    """Losses of all steps; milliseconds of the timed ones, and of the twin's frozen step on the same batches."""
+    model.train()
+    twin.train()
+    step = _stepper(model, spec)
+    losses, step_ms, frozen_step_ms = [], [], []
+    for index, batch in enumerate(batches):
+        loss, elapsed_ms = _timed(step, inputs_for(model, batch))
+        losses.append(loss)
+        is_timed = index >= min(WARMUP_STEPS, len(batches) - 1)
+        if is_timed:
+            step_ms.append(elapsed_ms)
+        if spec.implementation != "frozen":
+            elapsed_ms = _timed(partial(frozen_step, twin), inputs_for(twin, batch))[1]
+        if is_timed:
+            frozen_step_ms.append(elapsed_ms)
+    return losses, step_ms, frozen_step_ms
+
+
+def _stepper(model: nn.Module, spec: CellSpec) -> Callable[[dict], Tensor]:
+    """The step that this cell is about, as a function of its inputs."""
+    if spec.implementation == "frozen":
+        return partial(frozen_step, model)
+    return training_steps(model, learning_rate=spec.learning_rate, num_steps=spec.steps)
+
+
+def _timed(step: Callable[[dict], Tensor], inputs: dict) -> tuple[float, float]:
+    """The step's loss and its milliseconds, the device's queue drained before and after."""
+    _synchronize(inputs)
+    started = time.perf_counter()
+    loss = step(inputs)
+    _synchronize(inputs)
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    return loss.item(), elapsed_ms
+
+
+def _synchronize(inputs: dict) -> None:
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+
+
+def _sizes(model: nn.Module, batches: list[dict]) -> dict:
+    def mean(count: Callable[[dict], Tensor]) -> float:
+        return statistics.fmean(int(count(batch)) for batch in batches)
+
+    return {
+        "trainable_params": sum(p.numel() for p in _trainable(model)),
+        "total_params": sum(p.numel() for p in model.parameters()),
+        "tokens_per_step": mean(lambda batch: batch["attention_mask"].sum()),
+        "padded_tokens_per_step": mean(lambda batch: batch["attention_mask"].numel()),
+        "supervised_tokens_per_step": mean(lambda batch: (batch["labels"][:, 1:] != -100).sum()),
+    }
+
+
+def _memory(model: nn.Module, batch: dict, spec: CellSpec) -> dict:
+    """MiB kept for backward, and the peak of a whole step, in steps of their own: measuring slows them down."""
+    model.train()
+    inputs = inputs_for(model, batch)
+    with saved_bytes(model) as saved:
+        loss: Tensor = frozen_forward(model, inputs) if spec.implementation == "frozen" else model(**inputs).loss
+    del loss
+    step = _stepper(model, spec)
+    step(inputs)  # the optimizer's state exists from here on
+    with peak_bytes(inputs["input_ids"].device, model) as peak:
+        step(inputs)
+    return {"saved_mib": saved.bytes / MIB, "peak_mib": peak.bytes / MIB}
+
+
+def _run(job: dict) -> dict:
+    return measure(CellSpec(**job["spec"]), Inputs(**job["inputs"]), job["base"])
+
+
+if __name__ == "__main__":
+    sys.exit(child_main(_run))

@@ -1,0 +1,201 @@
+"""What the study measures: its models, methods and implementations, and the settings that identify each cell."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+from mmpeft_fast.doctor import versions
+
+# The tiny models of the study and the family that builds each.
+TINY_MODELS = {"tiny-llava": "llava", "tiny-qwen2-vl": "qwen2_vl"}
+IMPLEMENTATIONS = ("frozen", "peft", "fused")
+DTYPES = ("fp32", "bf16")
+DEVICES = ("cpu", "cuda")
+NO_METHOD = "none"  # the method of a frozen cell
+EASY_VQA = "easy-vqa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """How the study runs one method: overrides of its defaults, and the learning rate."""
+
+    overrides: dict = field(default_factory=dict)
+    learning_rate: float
+
+
+# Sizes shrunk with the tiny models' width (LoRA 128 and Adapter 256 belong to a width of 4096). The rates are those at
+# which a few dozen steps move a tiny model; the study's own are for epochs on pretrained 7B models.
+METHODS = {
+    "lora": MethodSettings(overrides={"r": 16, "alpha": 32}, learning_rate=5e-3),
+    "ia3": MethodSettings(learning_rate=1e-1),
+    "adapter": MethodSettings(overrides={"bottleneck": 16}, learning_rate=1e-2),
+    "prefix": MethodSettings(learning_rate=3e-1),
+    "layernorm": MethodSettings(learning_rate=3e-3),
+    "layernorm-simp": MethodSettings(learning_rate=1e-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """One run of the study, as the command line asks for it. Raises ValueError for anything it cannot mean.
+
+    base: a real checkpoint by path or name, in place of the tiny models. data, images: conversations in LLaVA's JSON
+    and their image folder, in place of easy-vqa; eval_samples of them are held out. pretrain_steps: full training of
+    the tiny models before the cells start from them.
+    """
+
+    output: Path
+    models: tuple[str, ...] = tuple(TINY_MODELS)
+    methods: tuple[str, ...] = tuple(METHODS)
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
+    steps: int = 20
+    batch_size: int = 8
+    eval_samples: int = 200
+    pretrain_steps: int = 200
+    seed: int = 42
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "fp32"
+    base: str | None = None
+    data: Path | None = None
+    images: Path | None = None
+    redo: bool = False
+
+    def __post_init__(self) -> None:
+        _require_known("model", self.models, TINY_MODELS)
+        _require_known("method", self.methods, METHODS)
+        _require_known("implementation", self.implementations, IMPLEMENTATIONS)
+        _require_known("dtype", (self.dtype,), DTYPES)
+        _require_known("device", (self.device,), DEVICES)
+        # Two steps at least: the first is a warm-up and is not timed.
+        for name, smallest in {
+            "steps": 2,
+            "batch_size": 1,
+            "eval_samples": 1,
+            "pretrain_steps": 0,
+            "threads": 1,
+        }.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed: expected 0 to {2**31 - 1}, got {self.seed}")
+        if (self.data is None) != (self.images is None):
+            given = "data" if self.images is None else "images"
+            raise ValueError(f"expected --data and --images together, got only --{given}")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output: expected a folder, but {self.output} is a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec:
+    """A base model that the study trains itself, from random weights, before its cells start from it."""
+
+    model: str
+    data: str
+    pretrain_steps: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Identifies this base, the package's sources and its packages' versions: 12 hexadecimal digits."""
+        return _key(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSpec:
+    """One cell: everything that could change one of its numbers.
+
+    base: the key of a tiny model's `BaseSpec`, or a real checkpoint's path or name. data: "easy-vqa", or the digest of
+    the user's file.
+    """
+
+    model: str
+    method: str
+    implementation: str
+    overrides: dict
+    learning_rate: float
+    base: str
+    data: str
+    steps: int
+    batch_size: int
+    eval_samples: int
+    seed: int
+    threads: int
+    device: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """`tiny-llava lora fused`, as the progress bar and the log files call it."""
+        return " ".join(part for part in (self.model, self.method, self.implementation) if part != NO_METHOD)
+
+    @property
+    def key(self) -> str:
+        """Identifies this cell, the package's sources and its packages' versions: 12 hexadecimal digits."""
+        return _key(asdict(self))
+
+
+def plan(config: StudyConfig) -> tuple[list[BaseSpec], list[CellSpec]]:
+    """The bases and cells of a run, in the order they run: per model the frozen cell, then method by method."""
+    data = EASY_VQA if config.data is None else hashlib.sha256(config.data.read_bytes()).hexdigest()[:12]
+    bases, cells = [], []
+    for model in (config.base,) if config.base else config.models:
+        base = config.base
+        if base is None:
+            bases.append(BaseSpec(model=model, data=data, pretrain_steps=config.pretrain_steps, seed=config.seed))
+            base = bases[-1].key
+        for method, implementation in _pairs(config):
+            settings = METHODS.get(method, MethodSettings(learning_rate=0.0))
+            cells.append(
+                CellSpec(
+                    model=model,
+                    method=method,
+                    implementation=implementation,
+                    **asdict(settings),
+                    base=base,
+                    data=data,
+                    **{
+                        name: getattr(config, name)
+                        for name in ("steps", "batch_size", "eval_samples", "seed", "threads", "device", "dtype")
+                    },
+                )
+            )
+    return bases, cells
+
+
+def _pairs(config: StudyConfig) -> list[tuple[str, str]]:
+    pairs = [(NO_METHOD, "frozen")] if "frozen" in config.implementations else []
+    trained = [name for name in IMPLEMENTATIONS if name != "frozen" and name in config.implementations]
+    return pairs + [(method, implementation) for method in config.methods for implementation in trained]
+
+
+def _require_known(what: str, names: tuple[str, ...], known) -> None:
+    if not names:
+        raise ValueError(f"{what}: expected at least one of {', '.join(known)}, got none")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{what}: expected each name once, got {', '.join(names)}")
+
+
+def _key(spec: dict) -> str:
+    text = json.dumps([spec, versions(), _sources_digest()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def _sources_digest() -> str:
+    """Digest of the sources a number can depend on, so that a row is never reused for code that has changed since."""
+    package = Path(__file__).parents[1]
+    shown_only = {"cli.py", "doctor.py", "__main__.py"} | {
+        f"study/{name}.py" for name in ("command", "run", "progress", "table", "report", "charts")
+    }
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in shown_only:
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

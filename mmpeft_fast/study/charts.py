@@ -1,0 +1,90 @@
+"""Inline SVG for the report: grouped bars against the frozen model's 1.0, and the small curve of a row's losses."""
+
+from collections.abc import Sequence
+from html import escape
+
+WIDTH = 380
+LABEL_WIDTH = 112  # method names on the left
+VALUE_WIDTH = 48  # the number behind the longest bar
+BAR_HEIGHT = 12
+BAR_GAP = 2
+GROUP_GAP = 13
+TOP = 22  # room for the frozen line's label
+BASELINE = 8  # what the frozen line reaches below the last bar
+SPARK_WIDTH, SPARK_HEIGHT = 64, 18
+
+
+def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:
+    """Horizontal bars of ratios, 1.0 marked as the frozen model.
+
+    Args:
+        title: what the ratios are of; read out to those who do not see the picture.
+        groups: (label, bars) from top to bottom; a bar is (CSS class, ratio), None where there is no number.
+
+    Returns:
+        an SVG element coloured by the page's style sheet.
+    """
+    largest = max([1.0] + [ratio for _, bars in groups for _, ratio in bars if ratio is not None])
+    scale = (WIDTH - LABEL_WIDTH - VALUE_WIDTH) / largest
+    shapes, y = [], float(TOP)
+    for label, bars in groups:
+        height = len(bars) * (BAR_HEIGHT + BAR_GAP) - BAR_GAP
+        shapes.append(_text(LABEL_WIDTH - 10, y + height / 2, label, "label", anchor="end"))
+        for name, ratio in bars:
+            shapes += _bar(y, name, ratio, scale)
+            y += BAR_HEIGHT + BAR_GAP
+        y += GROUP_GAP - BAR_GAP
+    bottom = y - GROUP_GAP + BASELINE
+    line_x = LABEL_WIDTH + scale
+    line = f'<line class="frozen" x1="{line_x:.1f}" x2="{line_x:.1f}" y1="{TOP - 6}" y2="{bottom:.0f}"/>'
+    # The line lies over the bars and under the numbers.
+    shapes = [shape for shape in shapes if "<rect" in shape] + [line] + [shape for shape in shapes if "<text" in shape]
+    # Near the right edge the label would be cut, so it ends at the line there.
+    anchor = "end" if line_x > WIDTH - 60 else "middle"
+    shapes.append(_text(line_x, 9, "frozen = 1", "tick", anchor=anchor))
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {bottom + 2:.0f}" role="img" aria-label="{escape(_spoken(title, groups))}">'
+        f"{''.join(shapes)}</svg>"
+    )
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The course of a row's losses as a small curve, scaled to its own range."""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    step = SPARK_WIDTH / max(len(values) - 1, 1)
+    points = " ".join(
+        f"{index * step:.1f},{2 + (high - value) / span * (SPARK_HEIGHT - 4):.1f}" for index, value in enumerate(values)
+    )
+    spoken = f"loss from {values[0]:.3f} to {values[-1]:.3f} in {len(values)} steps"
+    return (
+        f'<svg class="spark" viewBox="0 0 {SPARK_WIDTH} {SPARK_HEIGHT}" width="{SPARK_WIDTH}" height="{SPARK_HEIGHT}" '
+        f'role="img" aria-label="{spoken}"><polyline points="{points}"/></svg>'
+    )
+
+
+def _bar(y: float, name: str, ratio: float | None, scale: float) -> list[str]:
+    """A bar and its number, or the word that there is none."""
+    middle = y + BAR_HEIGHT / 2
+    if ratio is None:
+        return [_text(LABEL_WIDTH, middle, f"{name}: no number", "missing")]
+    width = max(ratio * scale, 1.0)
+    bar = (
+        f'<rect class="{name}" x="{LABEL_WIDTH}" y="{y:.1f}" width="{width:.1f}" height="{BAR_HEIGHT}" rx="2">'
+        f"<title>{escape(name)}: {ratio:.3f}</title></rect>"
+    )
+    return [bar, _text(LABEL_WIDTH + width + 6, middle, f"{ratio:.2f}×", f"value {name}")]
+
+
+def _text(x: float, y: float, text: str, name: str, anchor: str = "start") -> str:
+    return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _spoken(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:
+    """The chart in words."""
+    parts = [
+        f"{label} {name} {'no number' if ratio is None else f'{ratio:.2f}'}"
+        for label, bars in groups
+        for name, ratio in bars
+    ]
+    return f"{title}, frozen is 1: {'; '.join(parts)}"

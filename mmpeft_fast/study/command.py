@@ -1,0 +1,141 @@
+"""`mmpeft-fast study`: options, the run, the table and the report."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from mmpeft_fast.study.cells import DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
+
+EPILOG = """\
+examples:
+  mmpeft-fast study                                        all cells, about 8 minutes on 2 CPU cores
+  mmpeft-fast study --methods lora ia3 --models tiny-llava  some of them
+  mmpeft-fast study --data mine.json --images pictures/     your own conversations
+  mmpeft-fast study --base path/to/llava-1.5-7b --dtype bf16 --steps 20 --batch-size 4
+  mmpeft-fast study --report-only                           write the report again from results.jsonl
+
+Cells that are in results.jsonl already are skipped; Ctrl-C keeps what is done, and the same command goes on.
+A cell that fails is a row with its reason, and the exit code is 1 in the end.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `mmpeft-fast study`."""
+    defaults = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
+    parser.description = (
+        "Fine-tunes each model with each method, by HF PEFT and fused, beside the frozen model's forward + dX, and "
+        "writes results.jsonl, report.html and a table."
+    )
+    parser.epilog = EPILOG
+
+    cells = parser.add_argument_group("which cells")
+    cells.add_argument("--models", nargs="+", metavar="M", help=f"any of: {', '.join(TINY_MODELS)} (default: all)")
+    cells.add_argument("--methods", nargs="+", metavar="M", help=f"any of: {', '.join(METHODS)} (default: all)")
+    cells.add_argument(
+        "--implementations", nargs="+", metavar="I", help=f"any of: {', '.join(IMPLEMENTATIONS)} (default: all)"
+    )
+    cells.add_argument("--redo", action="store_true", help="run cells again that have a row already")
+
+    inputs = parser.add_argument_group("models and data")
+    inputs.add_argument("--base", metavar="PATH|NAME", help="a real checkpoint in place of the tiny models")
+    inputs.add_argument("--data", type=Path, metavar="FILE", help="conversations in LLaVA's JSON (default: easy-vqa)")
+    inputs.add_argument("--images", type=Path, metavar="DIR", help="the image folder of --data")
+
+    settings = parser.add_argument_group("settings of every cell")
+    for name, text in {
+        "steps": "training steps",
+        "batch_size": "samples per step",
+        "eval_samples": "held-out samples for the accuracy",
+        "pretrain_steps": "steps of full training that a tiny model gets before the cells",
+        "seed": "seed of weights, batches and dropout",
+    }.items():
+        option = f"--{name.replace('_', '-')}"
+        settings.add_argument(option, type=int, default=defaults[name], help=f"{text} (default: {defaults[name]})")
+    settings.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
+    settings.add_argument("--device", choices=DEVICES, help="default: cuda where there is one")
+    settings.add_argument("--dtype", choices=DTYPES, default=defaults["dtype"], help="default: fp32")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("results/study"), help="folder (default: results/study)")
+    output.add_argument("--report-only", action="store_true", help="run nothing, write the report from results.jsonl")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the study as asked; returns 0, or 1 if a cell failed. Bad input raises ValueError before anything runs."""
+    from mmpeft_fast.study.report import write_report
+    from mmpeft_fast.study.run import RESULTS_NAME, newest_rows, read_rows, run_study
+    from mmpeft_fast.study.table import terminal_table
+
+    results_path = args.output / RESULTS_NAME
+    if args.report_only:
+        rows = newest_rows(read_rows(results_path))
+        if not rows:
+            raise ValueError(f"--report-only: expected rows in {results_path}, found none; run the study first")
+        rows_from = "read"
+    else:
+        started = time.monotonic()
+        rows = run_study(_config(args))
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        rows_from = f"{minutes}:{seconds:02d} min"
+    report_path = write_report(rows, args.output)
+    print(terminal_table(rows))
+    print(f"\nreport   {report_path}\nresults  {results_path} ({len(rows)} rows, {rows_from})")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def _config(args: argparse.Namespace) -> StudyConfig:
+    """The configuration that the options mean; options left out take its defaults."""
+    if args.base is not None and args.models is not None:
+        raise ValueError("expected either --base or --models, got both")
+    given = {name: tuple(value) for name in ("models", "methods", "implementations") if (value := getattr(args, name))}
+    plain = (
+        "base",
+        "data",
+        "images",
+        "redo",
+        "output",
+        "steps",
+        "batch_size",
+        "eval_samples",
+        "pretrain_steps",
+        "seed",
+    )
+    config = StudyConfig(
+        **given,
+        **{name: getattr(args, name) for name in (*plain, "dtype")},
+        threads=_num_cores() if args.threads is None else args.threads,
+        device=_device(args.device),
+    )
+    if config.base is not None:
+        _check_base(config.base)
+    return config
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a CUDA device for cuda, torch sees none")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_base(name_or_path: str) -> None:
+    """Reads the checkpoint's configuration, so that a wrong one ends the run before it starts."""
+    from transformers import AutoConfig
+
+    from mmpeft_fast.models import FAMILIES
+
+    try:
+        model_type = AutoConfig.from_pretrained(name_or_path).model_type
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--base: expected a checkpoint's folder or name, got {name_or_path!r}: {reason}") from error
+    known = [name for family in FAMILIES.values() for name in family.model_types]
+    if model_type not in known:
+        raise ValueError(f"--base: expected a model of type {', '.join(known)}, got type {model_type!r}")

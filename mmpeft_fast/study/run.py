@@ -1,0 +1,206 @@
+"""Runs the study: makes the bases, runs every cell that has no row yet, and keeps one row a cell in results.jsonl."""
+
+import json
+import shlex
+import time
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.doctor import device_name, versions
+from mmpeft_fast.study.cells import NO_METHOD, TINY_MODELS, BaseSpec, CellSpec, StudyConfig, plan
+from mmpeft_fast.study.inputs import Inputs, prepare_inputs
+from mmpeft_fast.study.process import run_job
+from mmpeft_fast.study.progress import Progress
+
+RESULTS_NAME = "results.jsonl"
+# What a cell measures; a failed cell's row holds None for each.
+MEASURED = (
+    "baseline",
+    "trainable_params",
+    "total_params",
+    "tokens_per_step",
+    "padded_tokens_per_step",
+    "supervised_tokens_per_step",
+    "step_ms_p50",
+    "frozen_step_ms_p50",
+    "tokens_per_s",
+    "peak_mib",
+    "saved_mib",
+    "loss_first",
+    "loss_last",
+    "losses",
+    "accuracy",
+)
+
+
+def run_study(config: StudyConfig) -> list[dict]:
+    """Runs every cell of the plan that has no successful row yet, one after another, each in a fresh process.
+
+    Args:
+        config: what to run, and the folder for results.jsonl, logs and base models.
+
+    Returns:
+        the rows of the plan, in its order, as results.jsonl holds them; a failed cell has `status` and `reason`.
+
+    Raises:
+        ValueError: the user's conversations, checkpoint or an existing results.jsonl cannot be read; nothing has run.
+        KeyboardInterrupt: after Ctrl-C; what is done is kept, and its message says how to go on.
+    """
+    results_path = config.output / RESULTS_NAME
+    rows = {row["spec_key"]: row for row in read_rows(results_path)}
+    inputs = prepare_inputs(
+        config.output / "data",
+        data=config.data,
+        images=config.images,
+        eval_samples=config.eval_samples,
+        seed=config.seed,
+    )
+    bases, cells = plan(config)
+    pending = [cell for cell in cells if config.redo or rows.get(cell.key, {}).get("status") != "ok"]
+    wanted = {cell.base for cell in pending}
+    missing = [base for base in bases if base.key in wanted and not _base_folder(config, base).exists()]
+    (config.output / "logs").mkdir(parents=True, exist_ok=True)
+
+    progress = Progress(["base"] * len(missing) + ["cell"] * len(pending))
+    num_done = 0
+    try:
+        broken = {base.key: reason for base in missing if (reason := _make_base(config, base, inputs, progress))}
+        for cell in pending:
+            row = _run_cell(config, cell, inputs, bases, broken, progress)
+            if row["status"] == "failed":
+                progress.say(f"failed: {cell.name}: {row['reason']}")
+            _store(results_path, row)
+            num_done += 1
+    except KeyboardInterrupt:
+        message = f"{num_done} of {len(pending)} cells are done; the same command goes on from here"
+        raise KeyboardInterrupt(message) from None
+    finally:
+        progress.clear()
+    rows = {row["spec_key"]: row for row in read_rows(results_path)}
+    return [rows[cell.key] for cell in cells]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a results file; none if there is no such file. Raises ValueError for a line that is not a row."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number}: expected a JSON object, got {line[:40]!r}") from error
+        if not isinstance(row, dict) or not {"spec_key", "status", "model", "method", "implementation"} <= row.keys():
+            raise ValueError(f"{path} line {number}: expected a row of the study, got {line[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def newest_rows(rows: list[dict]) -> list[dict]:
+    """The newest row of each model, method and implementation, in the study's order: frozen first, then by method."""
+    newest = {
+        (row["model"], row["method"], row["implementation"]): row for row in sorted(rows, key=lambda r: r["time"])
+    }
+    order = {cell: index for index, cell in enumerate(_usual_order())}
+    return sorted(
+        newest.values(), key=lambda r: (r["model"], order.get((r["method"], r["implementation"]), len(order)))
+    )
+
+
+def _usual_order() -> list[tuple[str, str]]:
+    return [(cell.method, cell.implementation) for cell in plan(StudyConfig(output=Path(), models=("tiny-llava",)))[1]]
+
+
+def _store(path: Path, row: dict) -> None:
+    """Puts a row into the file in place of an older one of the same cell; the file is seen whole or not at all."""
+    rows = [old for old in read_rows(path) if old["spec_key"] != row["spec_key"]] + [row]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _base_folder(config: StudyConfig, base: BaseSpec) -> Path:
+    return config.output / "bases" / f"{base.model}-{base.key}"
+
+
+def _make_base(config: StudyConfig, base: BaseSpec, inputs: Inputs, progress: Progress) -> str | None:
+    """Makes one base; returns the reason if that failed."""
+    folder = _base_folder(config, base)
+    folder.parent.mkdir(exist_ok=True)
+    job = {
+        "spec": asdict(base),
+        "inputs": asdict(inputs),
+        "eval_samples": config.eval_samples,
+        "threads": config.threads,
+        "folder": str(folder),
+    }
+    progress.start(f"{base.model} base model")
+    outcome = run_job(
+        "mmpeft_fast.study.base",
+        job,
+        log_path=config.output / "logs" / f"{folder.name}.log",
+        threads=config.threads,
+        offline=True,
+        tick=progress.tick,
+    )
+    progress.finish()
+    return outcome.get("reason")
+
+
+def _run_cell(
+    config: StudyConfig,
+    cell: CellSpec,
+    inputs: Inputs,
+    bases: list[BaseSpec],
+    broken: dict[str, str],
+    progress: Progress,
+) -> dict:
+    """Runs one cell and returns its row."""
+    started = time.monotonic()
+    progress.start(cell.name)
+    if cell.base in broken:
+        outcome = {"status": "failed", "reason": f"no base model: {broken[cell.base]}"}
+    else:
+        folder = next((str(_base_folder(config, base)) for base in bases if base.key == cell.base), cell.base)
+        outcome = run_job(
+            "mmpeft_fast.study.cell",
+            {"spec": asdict(cell), "inputs": asdict(inputs), "base": folder},
+            log_path=config.output / "logs" / f"{cell.name.replace('/', '_').replace(' ', '-')}-{cell.key}.log",
+            threads=cell.threads,
+            offline=cell.model in TINY_MODELS,
+            tick=progress.tick,
+        )
+    progress.finish()
+    return _row(config, cell, outcome, elapsed_s=time.monotonic() - started)
+
+
+def _row(config: StudyConfig, cell: CellSpec, outcome: dict, *, elapsed_s: float) -> dict:
+    """A cell's record: what it was, what came out, and how to get it again."""
+    row = {"spec_key": cell.key, "status": outcome["status"], "reason": outcome.get("reason"), **asdict(cell)}
+    row |= dict.fromkeys(MEASURED) | {name: outcome[name] for name in MEASURED if name in outcome}
+    if outcome["status"] == "ok":
+        row["tokens_per_s"] = row["tokens_per_step"] / row["step_ms_p50"] * 1e3
+        row["loss_first"], row["loss_last"] = row["losses"][0], row["losses"][-1]
+    return row | {
+        "device_name": device_name(cell.device),
+        "versions": versions(),
+        "elapsed_s": round(elapsed_s, 1),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(config, cell),
+    }
+
+
+def command_line(config: StudyConfig, cell: CellSpec) -> str:
+    """The command that measures one cell again, with every option that is not at its default."""
+    words = ["mmpeft-fast", "study", "--redo", "--implementations", cell.implementation]
+    if config.base is None:
+        words += ["--models", cell.model]
+    if cell.method != NO_METHOD:
+        words += ["--methods", cell.method]
+    for option in fields(StudyConfig):
+        value = getattr(config, option.name)
+        # Threads and device default to what the machine has, so they are always told.
+        told = option.name in ("output", "threads", "device") or value != option.default
+        if told and option.name not in ("models", "methods", "implementations", "redo"):
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,94 @@
+"""The plan and what identifies a cell."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmpeft_fast.methods import METHODS as BUILDERS
+from mmpeft_fast.methods import make_method
+from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.study import cells
+from mmpeft_fast.study.cells import METHODS, TINY_MODELS, StudyConfig, plan
+
+
+def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
+    bases, planned = plan(StudyConfig(output=Path("out")))
+    assert [base.model for base in bases] == list(TINY_MODELS)
+    for model in TINY_MODELS:
+        own = Counter((cell.method, cell.implementation) for cell in planned if cell.model == model)
+        assert own == Counter([("none", "frozen")] + [(m, i) for m in METHODS for i in ("peft", "fused")])
+        assert len({cell.base for cell in planned if cell.model == model}) == 1
+    assert len({cell.key for cell in planned}) == len(planned) == 26
+
+
+def test_the_settings_fit_the_methods_and_families():
+    assert set(METHODS) == set(BUILDERS)
+    for name, settings in METHODS.items():
+        make_method(name, **settings.overrides)
+    assert set(TINY_MODELS.values()) <= set(FAMILIES)
+
+
+def test_peft_and_fused_differ_in_nothing_but_the_implementation():
+    by_name = {
+        (cell.model, cell.method, cell.implementation): cell for cell in plan(StudyConfig(output=Path("out")))[1]
+    }
+    for (model, method, implementation), cell in by_name.items():
+        if implementation == "peft":
+            assert replace(cell, implementation="fused") == by_name[model, method, "fused"]
+
+
+@pytest.mark.parametrize("changed", [{"steps": 9}, {"seed": 1}, {"dtype": "bf16"}, {"batch_size": 2}, {"threads": 3}])
+def test_a_changed_setting_is_another_cell(changed):
+    config = StudyConfig(output=Path("out"), models=("tiny-llava",), methods=("lora",))
+    keys = {cell.key for cell in plan(config)[1]}
+    assert keys.isdisjoint(cell.key for cell in plan(replace(config, **changed))[1])
+    assert keys == {cell.key for cell in plan(replace(config, output=Path("elsewhere"), redo=True))[1]}
+
+
+def test_a_changed_version_or_source_is_another_cell(monkeypatch):
+    cell = plan(StudyConfig(output=Path("out")))[1][0]
+    key = cell.key
+    monkeypatch.setattr(cells, "versions", lambda: {"torch": "another"})
+    other_version = cell.key
+    monkeypatch.setattr(cells, "_sources_digest", lambda: "another")
+    assert len({key, other_version, cell.key}) == 3
+
+
+def test_the_users_data_is_identified_by_its_content(config, tmp_path):
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(config.data.read_bytes())
+    keys = [cell.key for cell in plan(config)[1]]
+    assert keys == [cell.key for cell in plan(replace(config, data=copy))[1]]
+    copy.write_bytes(config.data.read_bytes() + b"\n")
+    assert keys[0] != plan(replace(config, data=copy))[1][0].key
+
+
+def test_a_real_checkpoint_needs_no_base_of_ours(config):
+    bases, planned = plan(replace(config, base="some/checkpoint"))
+    assert bases == []
+    assert {(cell.model, cell.base) for cell in planned} == {("some/checkpoint", "some/checkpoint")}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"models": ("gpt",)}, ("model", "tiny-llava", "'gpt'")),
+        ({"methods": ("lora", "qlora")}, ("method", "layernorm-simp", "'qlora'")),
+        ({"methods": ("lora", "lora")}, ("once", "lora, lora")),
+        ({"implementations": ()}, ("implementation", "none")),
+        ({"dtype": "fp16"}, ("dtype", "bf16", "'fp16'")),
+        ({"steps": 1}, ("steps", "at least 2", "1")),
+        ({"batch_size": 0}, ("batch_size", "at least 1", "0")),
+        ({"pretrain_steps": -1}, ("pretrain_steps", "at least 0", "-1")),
+        ({"seed": 2**31}, ("seed", str(2**31))),
+        ({"data": Path("a.json")}, ("--data and --images together", "only --data")),
+        ({"images": Path("a")}, ("--data and --images together", "only --images")),
+        ({"output": Path(__file__)}, ("folder", "test_cells.py")),
+    ],
+)
+def test_wrong_settings_say_what_was_expected_and_what_came(wrong, words):
+    with pytest.raises(ValueError) as error:
+        StudyConfig(**{"output": Path("out"), **wrong})
+    assert all(word in str(error.value) for word in words), str(error.value)

@@ -1,0 +1,132 @@
+"""The run as a whole, with faked jobs: rows, skipping, failures, interruption."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from mmpeft_fast import cli
+from mmpeft_fast.study.cells import plan
+from mmpeft_fast.study.command import _config
+from mmpeft_fast.study.run import MEASURED, RESULTS_NAME, newest_rows, read_rows, run_study
+
+
+def stored(config) -> list[dict]:
+    return [json.loads(line) for line in (config.output / RESULTS_NAME).read_text().splitlines()]
+
+
+def test_one_complete_row_a_cell(config, rows):
+    assert stored(config) == rows
+    assert [row["spec_key"] for row in rows] == [cell.key for cell in plan(config)[1]]
+    asked = {
+        "model",
+        "method",
+        "implementation",
+        "status",
+        "trainable_params",
+        "total_params",
+        "tokens_per_step",
+        "supervised_tokens_per_step",
+        "step_ms_p50",
+        "tokens_per_s",
+        "peak_mib",
+        "saved_mib",
+        "loss_first",
+        "loss_last",
+        "accuracy",
+        "seed",
+        "device",
+        "versions",
+    }
+    for row in rows:
+        assert asked <= row.keys()
+        missing = [name for name in MEASURED if row[name] is None]
+        assert missing == ([] if row["status"] == "ok" else list(MEASURED))
+    assert (rows[0]["loss_first"], rows[0]["loss_last"]) == (2.0, 1.0)
+    assert rows[0]["tokens_per_s"] == 900 / 10.0 * 1e3
+
+
+def test_a_second_run_skips_what_succeeded_and_tries_the_rest_again(config, jobs, rows):
+    jobs.names.clear()
+    again = run_study(config)
+    assert jobs.names == ["tiny-qwen2-vl ia3 peft"]
+    assert stored(config) == sorted(again, key=lambda row: row["spec_key"] == again[-2]["spec_key"])
+    jobs.fail.clear()
+    assert all(row["status"] == "ok" for row in run_study(config))
+    jobs.names.clear()
+    run_study(config)
+    assert jobs.names == []
+
+
+def test_redo_runs_cells_again_but_keeps_the_bases(config, jobs, rows):
+    jobs.names.clear()
+    run_study(replace(config, redo=True))
+    assert len(jobs.names) == len(rows) == len(stored(config))
+    assert "tiny-llava" not in jobs.names
+
+
+def test_a_failed_cell_is_a_row_and_not_the_end(rows):
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [(row["method"], row["implementation"]) for row in failed] == [("ia3", "peft")]
+    assert failed[0]["reason"] == "ValueError: expected <this>, got that"
+    assert rows[-1]["status"] == "ok"
+
+
+def test_a_failed_base_fails_its_models_cells_only(config, jobs):
+    jobs.fail["tiny-llava"] = "MemoryError"
+    rows = run_study(config)
+    assert {row["status"] for row in rows if row["model"] == "tiny-qwen2-vl"} == {"ok"}
+    assert {row["reason"] for row in rows if row["model"] == "tiny-llava"} == {"no base model: MemoryError"}
+
+
+def test_after_an_interrupt_the_same_run_goes_on(config, jobs):
+    jobs.interrupt_at = "tiny-llava ia3 peft"
+    with pytest.raises(KeyboardInterrupt, match="3 of 10 cells are done"):
+        run_study(config)
+    assert len(stored(config)) == 3
+    jobs.interrupt_at = None
+    jobs.names.clear()
+    assert len(run_study(config)) == 10
+    assert len(jobs.names) == 7
+    assert len(stored(config)) == 10
+
+
+def test_every_command_measures_its_own_row(rows):
+    """The command of a row, parsed by the command line, plans that very cell."""
+    for row in rows:
+        program, *words = shlex.split(row["command"])
+        assert program == "mmpeft-fast"
+        config = _config(cli._parser(words).parse_args(words))
+        assert config.redo
+        assert [cell.key for cell in plan(config)[1]] == [row["spec_key"]]
+
+
+def test_rows_of_other_settings_stay_and_the_newest_is_shown(config, rows):
+    changed = run_study(replace(config, steps=5, models=("tiny-llava",), methods=("lora",)))
+    kept = read_rows(config.output / RESULTS_NAME)
+    assert len(kept) == len(rows) + len(changed)
+    for row in kept:  # all were made within one second
+        row["time"] = "2030" if row["steps"] == 5 else "2020"
+    newest = newest_rows(kept)
+    assert len(newest) == len(rows)
+    assert [row["steps"] for row in newest[:3]] == [5, 5, 5]
+    names = [(row["model"], row["method"], row["implementation"]) for row in newest]
+    assert names == [(row["model"], row["method"], row["implementation"]) for row in rows]
+
+
+@pytest.mark.parametrize("line", ["{half a row", '{"status": "ok"}', "[1]"])
+def test_a_broken_results_file_is_named_and_left_alone(config, jobs, line):
+    config.output.mkdir()
+    path = config.output / RESULTS_NAME
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl line 1: expected a"):
+        run_study(config)
+    assert path.read_text() == line + "\n"
+    assert jobs.names == []
+
+
+def test_too_few_conversations_are_refused_before_anything_is_written(config, jobs):
+    with pytest.raises(ValueError, match=r"at least 26 conversations.*got 24"):
+        run_study(replace(config, eval_samples=13))
+    assert not config.output.exists()
