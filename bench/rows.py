@@ -2,14 +2,14 @@
 
 import json
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from mmpeft_fast.doctor import device_name, versions
 
 
 def interleaved(
@@ -45,35 +45,18 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def environment() -> dict[str, object]:
     """Device, versions and commit, the same for every row of a run."""
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": device_name("cuda" if cuda else "cpu"),
         "driver": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        **versions(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:

@@ -1,11 +1,12 @@
 """Data: conversation files, the study's prompts and data set, a trained tokenizer, batches with labels on answers."""
 
-from mmpeft_fast.data.collate import IGNORE_INDEX, Collator
+from mmpeft_fast.data.collate import HOST_HINTS, IGNORE_INDEX, Collator
 from mmpeft_fast.data.conversations import Sample, check_images, load_conversations
 from mmpeft_fast.data.easy_vqa import easy_vqa_conversations
 from mmpeft_fast.data.tokenizer import train_tokenizer
 
 __all__ = [
+    "HOST_HINTS",
     "IGNORE_INDEX",
     "Collator",
     "Sample",

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft_fast.data.conversations import Sample
 
+# Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
+HOST_HINTS = ("supervised_capacity", "right_padded")
 IGNORE_INDEX = -100  # what torch's cross-entropy and transformers take as "no target"
 
 
@@ -47,9 +49,10 @@ class Collator:
 
         Returns `input_ids`, `attention_mask`, `labels` [B, T] int64 (labels are -100 except on answers and their end
         token, not shifted), what the processor gives for the images (`pixel_values`, for Qwen `image_grid_thw`), per
-        token `mm_token_type_ids` [B, T] where the processor has them, and the int `supervised_capacity`, the largest
-        number of next-token targets of a sample. Raises ValueError for a sample whose image cannot be decoded, whose
-        text holds an image placeholder of its own, that keeps no label within max_length, or whose image would be cut.
+        token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int `supervised_capacity`,
+        the largest number of next-token targets of a sample, and the bool `right_padded`. Raises ValueError for a
+        sample whose image cannot be decoded, whose text holds an image placeholder of its own, that keeps no label
+        within max_length, or whose image would be cut.
         """
         texts, answer_spans = [], []
         for sample in samples:
@@ -63,7 +66,8 @@ class Collator:
             self._truncate(sample, row)
         batch = self._pad(rows)
         capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
-        return {**batch, **image_inputs, "supervised_capacity": int(capacity)}
+        hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
+        return {**batch, **image_inputs, **hints}
 
     def encode_prompt(self, sample: Sample) -> dict[str, torch.Tensor]:
         """The first question with the generation prompt and no answer, as a batch of one for `model.generate`.

@@ -69,6 +69,8 @@ class FusedCausalLM(Swapped):
         if kwargs.get("output_attentions"):
             raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
         base_forward = super().forward
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # a training pass has no use for keys and values
         labels = kwargs.get("labels")
         if not self.training or self.keep_logits or (labels is None and not args):
             return base_forward(*args, **kwargs)
@@ -103,7 +105,6 @@ class FusedCausalLM(Swapped):
             and not kwargs.get("output_hidden_states")
         ):
             kwargs["supervised_rows"] = rows
-        kwargs["use_cache"] = False  # a training pass has no use for keys and values
         outputs = self.model(**kwargs)
         hidden = outputs.last_hidden_state
         if "supervised_rows" not in kwargs:

@@ -124,10 +124,13 @@ def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int
     return keep_bits(seed, num_rows, num_cols, p, stream=stream) == 0
 
 
-def dropout_ref(x: Tensor, seed: Tensor, p: float, *, stream: int = 0) -> Tensor:
-    """`x` [..., K] with elements dropped and the rest divided by the probability of being kept; differentiable."""
+def dropout_ref(x: Tensor, seed: Tensor | None, p: float, *, stream: int = 0) -> Tensor:
+    """`x` [..., K] with elements dropped and the rest divided by the probability of being kept; differentiable.
+    Without a seed it is torch's own dropout, what stock stacks run."""
     if p == 0.0:
         return x
+    if seed is None:
+        return torch.nn.functional.dropout(x, p)
     rows = x.reshape(-1, x.shape[-1])
     mask = dropped(seed, rows.shape[0], rows.shape[1], p, stream=stream).view(x.shape)
     return x.masked_fill(mask, 0.0) / keep_probability(p)

@@ -418,7 +418,7 @@ def fused_linear_ref(
     residual: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The definition of `fused_linear` in plain differentiable torch; always a tuple, `seed` needed with dropout."""
+    """The definition of `fused_linear` in plain differentiable torch; always a tuple. No `seed`: torch's dropout."""
     x = x if isinstance(x, tuple) else (x,)
     h = prologue_ref(prologue, x, gain, eps, in_scale)
 

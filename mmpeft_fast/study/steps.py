@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from mmpeft_fast.data import HOST_HINTS
 from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train import build_optimizer, cosine_with_warmup
 
@@ -21,7 +22,7 @@ def inputs_for(model: nn.Module, batch: dict) -> dict:
         if isinstance(value, Tensor)
     }
     if is_fused(model):
-        inputs["supervised_capacity"] = batch["supervised_capacity"]
+        inputs |= {name: batch[name] for name in HOST_HINTS}
     return inputs
 
 

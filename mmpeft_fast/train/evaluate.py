@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
 
 
 @torch.inference_mode()
@@ -38,7 +38,7 @@ def evaluate_accuracy(
 
 
 def _num_right(model: nn.Module, batch: dict, device: torch.device) -> int:
-    batch.pop("supervised_capacity")
+    batch = {name: value for name, value in batch.items() if name not in HOST_HINTS}
     targets = batch.pop("labels")[:, 1:]  # [B, T-1], the token that follows each position
     # Logits only at positions that some sample needs: the vocabulary is large, the answers are short.
     columns = (targets != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)

@@ -20,7 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device, set_seed
 from torch import nn
 
-from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train import state
@@ -212,7 +212,7 @@ class _Run:
         self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
         self._model, self._accelerator, self._output = model, accelerator, output
         self._max_grad_norm = config.max_grad_norm
-        self._takes_capacity = is_fused(model)
+        self._takes_hints = is_fused(model)
         self._rng_states = None
         if self.checkpoint is not None:
             saved = state.load_checkpoint(self.checkpoint, model)
@@ -237,8 +237,8 @@ class _Run:
         total = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
             inputs = send_to_device(batch, accelerator.device, non_blocking=True)
-            if not self._takes_capacity:
-                inputs.pop("supervised_capacity")
+            if not self._takes_hints:
+                inputs = {name: value for name, value in inputs.items() if name not in HOST_HINTS}
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(self._prepared):
                 loss = self._prepared(**inputs, num_items_in_batch=num_items).loss

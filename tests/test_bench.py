@@ -1,0 +1,76 @@
+"""Benchmarks compare like with like, and their programs run."""
+
+import json
+
+import pytest
+import torch
+
+from bench import ops, step
+from bench.registry import OPS, Shape, make_case
+from bench.rows import interleaved
+from tests.closeness import assert_exact
+
+SMALL = Shape(
+    tokens=12, length=6, hidden=16, intermediate=24, heads=2, rank=3, dropout=0.0, num_virtual_tokens=2, vocab=11
+)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fused_and_eager_compute_the_same(name):
+    case = make_case(name, SMALL, dtype=torch.float64)
+    fused, eager, frozen = (case.forwards[key]() for key in ("fused", "eager", "frozen"))
+    for got, expected in zip(fused, eager, strict=True):
+        assert_exact(got.detach(), expected.detach(), name)
+    assert [y.shape for y in frozen] == [y.shape for y in fused]
+    grads = {
+        key: torch.autograd.grad(case.forwards[key](), case.wanted[key], [torch.ones_like(y) for y in fused])
+        for key in ("fused", "eager")
+    }
+    for got, expected in zip(grads["fused"], grads["eager"], strict=True):
+        assert_exact(got, expected, name)
+
+
+def test_interleaved_takes_turns():
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_step_program(tmp_path, capsys):
+    out = tmp_path / "rows" / "step.jsonl"
+    sizes = {"hidden": 32, "intermediate": 48, "layers": 1, "heads": 2, "vocab": 40, "seq-len": 20, "r": 2, "rounds": 1}
+    small = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        "--hidden",
+        "32",
+        "--intermediate",
+        "48",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--vocab",
+        "40",
+        "--seq-len",
+        "20",
+        "--r",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    step.main([*small, "--methods", "lora", "ia3", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["method"], row["implementation"]) for row in rows] == [
+        (method, name) for method in ("lora", "ia3") for name in ("frozen", "peft", "fused")
+    ]
+    saved = {row["implementation"]: row["saved_mib"] for row in rows if row["method"] == "lora"}
+    assert saved["fused"] < saved["peft"]
+    assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["torch"] for row in rows)
+    assert "x frozen" in capsys.readouterr().out
+
+
+def test_ops_program_names_unknown_ops(capsys):
+    with pytest.raises(SystemExit) as error:
+        ops.main(["matmul"])
+    assert error.value.code == 2
+    assert "unknown ops ['matmul']; expected some of ['lora_linear'" in capsys.readouterr().err
