@@ -41,23 +41,6 @@ def test_step_program(tmp_path, capsys):
     out = tmp_path / "rows" / "step.jsonl"
     sizes = {"hidden": 32, "intermediate": 48, "layers": 1, "heads": 2, "vocab": 40, "seq-len": 20, "r": 2, "rounds": 1}
     small = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        "--hidden",
-        "32",
-        "--intermediate",
-        "48",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--vocab",
-        "40",
-        "--seq-len",
-        "20",
-        "--r",
-        "2",
-        "--rounds",
-        "1",
-    ]
     step.main([*small, "--methods", "lora", "ia3", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["method"], row["implementation"]) for row in rows] == [
