@@ -4,21 +4,12 @@ from dataclasses import replace
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, tiny_text, token_ids
+from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, real_text, tiny_text, token_ids
 
 
 def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocab,
-            "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
+        text_config=real_text(hidden, inner, layers, heads, kv_heads, vocab, max_position_embeddings=128000),
         vision_config={
             "depth": 32,
             "hidden_size": 1280,

@@ -58,19 +58,23 @@ def tiny_text(vocab_size: int, token_id, **extra) -> dict:
     } | extra
 
 
+def real_text(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **extra) -> dict:
+    """Text configuration of a published size."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    } | extra
+
+
 def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Qwen2VLConfig:
     return Qwen2VLConfig(
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocab,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "tie_word_embeddings": tied,
-        },
+        text_config=real_text(hidden, inner, layers, heads, kv_heads, vocab, tie_word_embeddings=tied),
         vision_config={"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": hidden, "mlp_ratio": 4},
         tie_word_embeddings=tied,
     )

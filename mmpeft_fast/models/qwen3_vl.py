@@ -4,27 +4,14 @@ from dataclasses import replace
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, tiny_text, token_ids
+from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, real_text, tiny_text, token_ids
 
 
 def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Qwen3VLConfig:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    extra = {"head_dim": 128, "max_position_embeddings": 262144, "rope_parameters": rope}
     return Qwen3VLConfig(
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 262144,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5e6,
-                "mrope_section": [24, 20, 20],
-                "mrope_interleaved": True,
-            },
-        },
+        text_config=real_text(hidden, inner, layers, heads, kv_heads, 151936, **extra),
         vision_config={
             "depth": 27,
             "hidden_size": 1152,
