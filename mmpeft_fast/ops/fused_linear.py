@@ -230,7 +230,7 @@ class _FusedLinear(torch.autograd.Function):
             if has_pre:
                 doperand = dy @ seg.weight
                 if need.dh:
-                    dh = doperand.clone() if dh is None else dh.add_(doperand)
+                    dh = doperand if dh is None else dh.add_(doperand)
             elif need.dh:
                 dh = dy @ seg.weight if dh is None else dh.addmm_(dy, seg.weight)
             start = len(grads) + 3
