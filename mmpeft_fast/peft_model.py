@@ -12,6 +12,7 @@ from mmpeft_fast.layers.causal_lm import FusedCausalLM
 from mmpeft_fast.layers.class_swap import is_swapped, restore_class, swap_class
 from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless, check_decoder_layer
 from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.sites import read_norm
@@ -70,7 +71,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
             PeftLinear.convert(linear).add_scale(where)
     for role in plan.gains:
         for norm in [decoder.norm] if role == "final_norm" else sites[role]:
-            norm.requires_grad_(True)
+            train_gain(norm)
     if plan.prefix is not None:
         _add_prefix(decoder, plan)
     parts = set(plan.parts) | ({"connector"} if train_connector else set())

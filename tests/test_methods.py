@@ -1,12 +1,15 @@
 """Settings of the methods: what they place where, and what they refuse."""
 
+import copy
+
 import pytest
 import torch
 
-from mmpeft_fast import IA3, METHODS, Adapter, LayerNorm, LoRA, Prefix, add_peft, make_method
+from mmpeft_fast import IA3, METHODS, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, make_method, unfuse
 from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
 from mmpeft_fast.layers.plan import ATTENTION_ROLES, BranchPlan
-from tests.tiny_models import tiny_model
+from tests.closeness import assert_as_close_as_eager
+from tests.tiny_models import loss_and_grads, tiny_batch, tiny_model
 
 
 def test_study_defaults():
@@ -82,6 +85,35 @@ def test_only_the_method_is_trained(name):
 def test_wide_parameters_over_a_half_precision_base():
     model = add_peft(tiny_model("llava", dtype=torch.bfloat16), LoRA(r=2))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gains_of_a_bf16_model_move(fused):
+    model = add_peft(tiny_model("qwen2_vl", dtype=torch.bfloat16), LayerNorm(final=True)).train()
+    gains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {gain.dtype for gain in gains} == {torch.float32} and len(gains) == 5
+    before = [gain.clone() for gain in gains]
+    optimizer = torch.optim.AdamW(gains, lr=2e-4, weight_decay=0.0)
+    batch = tiny_batch("qwen2_vl", dtype=torch.bfloat16)
+    loss = (fuse(model) if fused else model)(**batch).loss
+    loss.backward()
+    optimizer.step()
+    for gain, old in zip(gains, before, strict=True):
+        moved = (gain - old).abs()
+        assert (moved > 0).float().mean() > 0.9 and moved.max() < 2**-8  # far below what bfloat16 can resolve at 1
+
+
+def test_wide_gains_fused_and_eager():
+    model = add_peft(tiny_model("llava", dtype=torch.bfloat16), LayerNorm(final=True)).train()
+    batch = tiny_batch("llava", dtype=torch.bfloat16)
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    truth = loss_and_grads(copy.deepcopy(model).double(), wide)
+    eager = loss_and_grads(model, batch)
+    fused = loss_and_grads(fuse(model), batch)
+    for name, grad in eager[1].items():
+        assert_as_close_as_eager(fused[1][name].bfloat16(), grad.bfloat16(), truth[1][name], name)
+    restored = loss_and_grads(unfuse(model), batch)
+    assert torch.equal(restored[0], eager[0])
 
 
 def test_lora_starts_as_the_base_and_names_of_the_base_stay():

@@ -10,7 +10,9 @@ from torch import nn
 
 
 @functools.cache
-def _subclass(mixin: type, base: type) -> type:
+def subclass(mixin: type, base: type) -> type:
+    """The class `base` with `mixin` in front; the same one for the same pair."""
+
     def forward(self, *args, **kwargs):
         return mixin.forward(self, *args, **kwargs)
 
@@ -31,7 +33,7 @@ class Swapped:
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Puts `mixin` in front of the class of this one instance; a module that is swapped already is left alone."""
     if not is_swapped(module):
-        module.__class__ = _subclass(mixin, type(module))
+        module.__class__ = subclass(mixin, type(module))
 
 
 def is_swapped(module: nn.Module) -> bool:
