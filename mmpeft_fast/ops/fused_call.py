@@ -1,0 +1,191 @@
+"""A fused linear call as autograd sees it: what is static, what are tensors, and which gradients are wanted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mmpeft_fast.ops.dropout import keep_probability
+from mmpeft_fast.ops.segments import Segment
+
+# Post branches drop elements of the output, the others of the input: separate Philox streams.
+_POST_STREAM = 1 << 16
+
+MaskKey = tuple[float, int]  # dropout probability and Philox stream: what a mask depends on besides seed and shape
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """A branch without its tensors; `mask` is None without dropout."""
+
+    scaling: float
+    activation: str
+    position: str
+    mask: MaskKey | None
+
+    @property
+    def inverse_keep(self) -> float:
+        return 1.0 if self.mask is None else 1.0 / keep_probability(self.mask[0])
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """Everything of a call that is not a tensor."""
+
+    prologue: str
+    eps: float
+    segments: tuple[tuple[BranchSpec, ...], ...]
+
+    @property
+    def num_inputs(self) -> int:
+        return 2 if self.prologue == "swiglu" else 1
+
+
+class CallBranch(NamedTuple):
+    spec: BranchSpec
+    down: Tensor
+    up: Tensor
+
+    @property
+    def is_post(self) -> bool:
+        return self.spec.position == "post"
+
+
+class CallSegment(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    out_scale: Tensor | None
+    branches: list[CallBranch]
+
+    @property
+    def inner(self) -> list[CallBranch]:
+        """Branches on the GEMM's input: pre and parallel."""
+        return [branch for branch in self.branches if not branch.is_post]
+
+    @property
+    def post(self) -> list[CallBranch]:
+        return [branch for branch in self.branches if branch.is_post]
+
+
+class Call(NamedTuple):
+    """x: one [M, K] tensor, two for swiglu (None where the backward does not need them); residual [M, N] or None."""
+
+    spec: CallSpec
+    residual: Tensor | None
+    gain: Tensor | None
+    in_scale: Tensor | None
+    seed: Tensor | None
+    x: tuple[Tensor | None, ...]
+    segments: list[CallSegment]
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps for its backward besides the call's own tensors.
+
+    rstd [M, 1] of rms_norm; a_inner, a_post: a [M, R] of the branches in order; before_scale, before_post: y [M, N] of
+    the segments that have a scale or post branches, in order, None where no gradient needs it.
+    """
+
+    rstd: Tensor | None
+    a_inner: list[Tensor]
+    a_post: list[Tensor]
+    before_scale: list[Tensor | None]
+    before_post: list[Tensor | None]
+
+
+class WantedBranch(NamedTuple):
+    down: bool
+    up: bool
+
+
+class WantedSegment(NamedTuple):
+    weight: bool
+    bias: bool
+    out_scale: bool
+    branches: list[WantedBranch]
+
+
+class SegmentGrads(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    out_scale: Tensor | None
+    branches: list[tuple[Tensor | None, Tensor | None]]  # (ddown, dup)
+
+
+class Grads(NamedTuple):
+    residual: Tensor | None
+    gain: Tensor | None
+    in_scale: Tensor | None
+    x: tuple[Tensor | None, ...]
+    segments: list[SegmentGrads]
+
+
+def flatten_segments(segments: Sequence[Segment] | Sequence[SegmentGrads]) -> list[Tensor | None]:
+    """Weight, bias, out_scale and a (down, up) pair a branch, segment after segment: autograd's order."""
+    flat: list[Tensor | None] = []
+    for seg in segments:
+        flat += [seg.weight, seg.bias, seg.out_scale]
+        for branch in seg.branches:
+            flat += branch[:2]
+    return flat
+
+
+def _grouped(spec: CallSpec, flat: Sequence):
+    """The inverse of `flatten_segments`: (branch specs, first three items, pairs) a segment."""
+    position = 0
+    for branches in spec.segments:
+        pairs = flat[position + 3 : position + 3 + 2 * len(branches)]
+        yield branches, flat[position : position + 3], list(zip(pairs[::2], pairs[1::2], strict=True))
+        position += 3 + 2 * len(branches)
+
+
+def unflatten_segments(spec: CallSpec, flat: Sequence[Tensor | None]) -> list[CallSegment]:
+    return [
+        CallSegment(*head, [CallBranch(branch, *pair) for branch, pair in zip(branches, pairs, strict=True)])
+        for branches, head, pairs in _grouped(spec, flat)
+    ]
+
+
+class Needs:
+    """Which gradients a backward has to produce, and which intermediate values those need.
+
+    flags: autograd's `needs_input_grad` from the residual on.
+    """
+
+    def __init__(self, flags: Sequence[bool], spec: CallSpec):
+        self.residual, self.gain, self.in_scale, _ = flags[:4]
+        self.x = tuple(flags[4 : 4 + spec.num_inputs])
+        self.segments: list[WantedSegment] = []
+        trains_down = trains_weight = False
+        for branches, head, pairs in _grouped(spec, flags[4 + spec.num_inputs :]):
+            wanted = WantedSegment(*head, [WantedBranch(*pair) for pair in pairs])
+            self.segments.append(wanted)
+            trains_weight |= wanted.weight
+            trains_down |= any(
+                want.down for branch, want in zip(branches, wanted.branches, strict=True) if branch.position != "post"
+            )
+        self.dh = any(self.x) or self.gain or self.in_scale
+        self.h = trains_down or trains_weight
+        # x only matters where h is needed again or the prologue is differentiated; frozen parts keep nothing.
+        self.kept_x = self.h or self.in_scale or (self.dh and spec.prologue != "none")
+
+
+def mask_key(dropout: float, stream: int, position: str) -> MaskKey | None:
+    if round(dropout * 65536) == 0:
+        return None
+    return dropout, stream + (_POST_STREAM if position == "post" else 0)
+
+
+def call_spec(prologue: str, eps: float, segments: Sequence[Segment]) -> CallSpec:
+    return CallSpec(
+        prologue,
+        eps,
+        tuple(
+            tuple(
+                BranchSpec(b.scaling, b.activation, b.position, mask_key(b.dropout, b.stream, b.position))
+                for b in seg.branches
+            )
+            for seg in segments
+        ),
+    )
