@@ -24,6 +24,7 @@ _HOMES = {
     "make_method": "methods",
     "FAMILIES": "models",
     "load_pretrained": "models",
+    "provider": "ops.providers",
     "peak_bytes": "measure",
     "saved_bytes": "measure",
 }

@@ -1,8 +1,5 @@
 """Homes of the ops: formula, reference, autograd function and public function, one file each."""
 
+from mmpeft_fast.ops.providers import provider, provider_report
 
-def provider_report() -> list[tuple[str, str, str]]:
-    """(op, provider, reason) for every op of the kernel set."""
-    reason = "plain PyTorch with a hand-written backward; the only provider of this version"
-    names = ("fused_linear", "attention", "rms_norm", "linear_cross_entropy", "dropout")
-    return [(name, "torch", reason) for name in names]
+__all__ = ["provider", "provider_report"]

@@ -21,7 +21,21 @@ from mmpeft_fast.ops.activations import ACTIVATIONS
 from mmpeft_fast.ops.dropout import draw_seed, dropout_ref
 from mmpeft_fast.ops.fused_call import Call, Kept, Needs, call_spec, flatten_segments, mask_key, unflatten_segments
 from mmpeft_fast.ops.prologue import prologue_ref
+from mmpeft_fast.ops.providers import chosen_provider, log_fallback
 from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
+
+
+def _implementation(call: Call, need: Needs):
+    """The provider's module for this call."""
+    name = chosen_provider()
+    if name == "triton":
+        from mmpeft_fast.ops import fused_linear_triton
+
+        reason = fused_linear_triton.unsupported(call, need)
+        if reason is None:
+            return fused_linear_triton
+        log_fallback("fused_linear", name, reason)
+    return fused_linear_torch
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -33,7 +47,8 @@ class _FusedLinear(torch.autograd.Function):
         x, flat = tensors[: spec.num_inputs], tensors[spec.num_inputs :]
         need = Needs(ctx.needs_input_grad[1:], spec)
         call = Call(spec, residual, gain, in_scale, seed, x, unflatten_segments(spec, flat))
-        outputs, kept = fused_linear_torch.forward(call, need)
+        ctx.implementation = _implementation(call, need)
+        outputs, kept = ctx.implementation.forward(call, need)
         lists = [x if need.kept_x else (None,) * len(x), flat, *kept[1:]]
         ctx.spec, ctx.lengths = spec, [len(items) for items in lists]
         ctx.save_for_backward(gain, in_scale, seed, kept.rstd, *(tensor for items in lists for tensor in items))
@@ -50,7 +65,7 @@ class _FusedLinear(torch.autograd.Function):
         x, flat, *kept = lists
         call = Call(ctx.spec, None, gain, in_scale, seed, tuple(x), unflatten_segments(ctx.spec, flat))
         need = Needs(ctx.needs_input_grad[1:], ctx.spec)
-        grads = fused_linear_torch.backward(call, need, Kept(rstd, *kept), dys)
+        grads = ctx.implementation.backward(call, need, Kept(rstd, *kept), dys)
         return None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
 
 
