@@ -8,6 +8,7 @@ import torch
 from bench import ops, step
 from bench.registry import OPS, Shape, make_case
 from bench.rows import interleaved
+from bench.table import table
 from tests.closeness import assert_exact
 
 SMALL = Shape(
@@ -50,6 +51,9 @@ def test_step_program(tmp_path, capsys):
     assert saved["fused"] < saved["peft"]
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["torch"] for row in rows)
     assert "x frozen" in capsys.readouterr().out
+    lines = table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| lora", "| ia3"]
+    assert {line.count("|") for line in lines} == {9}
 
 
 def test_ops_program_names_unknown_ops(capsys):
