@@ -1,0 +1,76 @@
+"""Prologue and shrink: h, rstd, a and z."""
+
+import pytest
+import torch
+from mmpeft_kernels.prologue import PROLOGUES, prologue
+from mmpeft_kernels.tile import Tile
+
+from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.dropout import dropout_ref
+from mmpeft_fast.ops.prologue import prologue_ref
+from tests.closeness import assert_as_close_as_eager
+
+SEED = torch.tensor(0x0123_4567_89AB_CDEF)
+
+
+def reference(name, x, gain, in_scale, down, activation, p):
+    h = prologue_ref(name, x, gain, 1e-6, in_scale)
+    a = dropout_ref(h, SEED, p, stream=2) @ down.to(h.dtype).t()
+    return h, a, ACTIVATIONS[activation].function(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("num_rows, width, rank", [(1, 33, 3), (33, 130, 20)])
+@pytest.mark.parametrize("in_scale, activation, p", [(False, "identity", 0.0), (True, "tanh", 0.3)])
+def test_prologue(dtype, name, num_rows, width, rank, in_scale, activation, p):
+    torch.manual_seed(0)
+    wide = torch.randn(2 if name == "swiglu" else 1, num_rows, width + 3)
+    x = tuple(part.to(dtype)[:, :width] for part in wide)  # rows do not follow one another
+    gain = torch.randn(width, dtype=dtype) if name == "rms_norm" else None
+    scale = torch.randn(width) if in_scale else None  # wider than x, as trained parameters are
+    down = torch.randn(rank, width) / width**0.5
+    up = x[1] if name == "swiglu" else None
+    tile = Tile(block_m=16, block_n=64)
+    h, rstd, a, z = prologue(
+        x[0], up, name=name, gain=gain, in_scale=scale, down=down,
+        activation=activation, p=p, seed=SEED, stream=2, tile=tile,
+    )  # fmt: skip
+    rounded = down.to(dtype)
+    eager = reference(name, x, gain, scale, rounded, activation, p)
+    truth = reference(
+        name,
+        tuple(part.double() for part in x),
+        None if gain is None else gain.double(),
+        None if scale is None else scale.double(),
+        rounded.double(),
+        activation,
+        p,
+    )
+    for got, plain, true, what in zip((h, a, z), eager, truth, "haz"):
+        assert got.dtype == dtype
+        assert_as_close_as_eager(got, plain, true, what)
+    if name == "rms_norm":
+        narrow, true = ((part.pow(2).mean(-1) + 1e-6).rsqrt() for part in (x[0].float(), x[0].double()))
+        assert_as_close_as_eager(rstd, narrow, true, "rstd")
+
+
+def test_what_is_not_asked_for_is_not_computed():
+    x = torch.randn(5, 16)
+    assert prologue(x)[0] is x and prologue(x)[1:] == (None, None, None)
+    h, rstd, a, z = prologue(x, name="rms_norm", gain=torch.ones(16), down=torch.randn(2, 16), write_h=False)
+    assert h is None and rstd.shape == (5,) and a is z
+    h, _, a, _ = prologue(x, in_scale=torch.full((16,), 2.0))
+    assert torch.equal(h, 2 * x) and a is None
+
+
+def test_many_ranks_take_several_blocks():
+    x, down = torch.randn(4, 32), torch.randn(300, 32)
+    h, _, a, _ = prologue(x, in_scale=torch.ones(32), down=down, tile=Tile(block_m=16, block_n=32))
+    assert torch.equal(h, x)
+    assert_as_close_as_eager(a, x @ down.t(), x.double() @ down.double().t())
+
+
+def test_no_rows():
+    h, rstd, a, _ = prologue(torch.empty(0, 16), name="rms_norm", gain=torch.ones(16), down=torch.ones(2, 16))
+    assert h.shape == (0, 16) and rstd.shape == (0,) and a.shape == (0, 2)
