@@ -52,7 +52,7 @@ class StudyConfig:
     implementations: tuple[str, ...] = IMPLEMENTATIONS
     steps: int = 20
     batch_size: int = 8
-    eval_samples: int = 200
+    eval_samples: int = 120
     pretrain_steps: int = 200
     seed: int = 42
     threads: int = 1
