@@ -22,7 +22,7 @@ from mmpeft_fast.ops.fused_call import (
     WantedBranch,
     WantedSegment,
 )
-from mmpeft_fast.ops.prologue import PrologueGrads, prologue_backward, prologue_forward
+from mmpeft_fast.ops.prologue import PrologueGrads, prologue_backward, prologue_forward, prologue_recompute
 
 
 class _Masks:
@@ -150,10 +150,12 @@ class _Backward:
 
     def __init__(self, call: Call, need: Needs, kept: Kept):
         self.call, self.need, self.kept = call, need, kept
-        self.h = None
+        self.h = self.activated = None
         if need.h:
             spec = call.spec
-            self.h, _ = prologue_forward(spec.prologue, call.x, call.gain, spec.eps, call.in_scale, kept.rstd)
+            self.h, self.activated = prologue_recompute(
+                spec.prologue, call.x, call.gain, spec.eps, call.in_scale, kept.rstd
+            )
         self.dh: Tensor | None = None
         self.shrunk: list[tuple[CallBranch, Tensor]] = []  # inner branches and their da, for dh
         self._a_inner, self._a_post = iter(kept.a_inner), iter(kept.a_post)
@@ -218,7 +220,7 @@ class _Backward:
             masks.add_product_(dh, branch.spec.mask, da, branch.down)
         self._masks = self.h = None
         return prologue_backward(
-            call.spec.prologue, dh, call.x, call.gain, call.spec.eps, call.in_scale, self.kept.rstd,
+            call.spec.prologue, dh, call.x, call.gain, call.spec.eps, call.in_scale, self.kept.rstd, self.activated,
             need_dx=need.x, need_dgain=need.gain, need_din_scale=need.in_scale,
         )  # fmt: skip
 
