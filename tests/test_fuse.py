@@ -15,7 +15,15 @@ from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.measure import saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
 from tests.test_parity import METHODS, prepared
-from tests.tiny_models import first_text_token, loss_and_grads, randomize_trainable, tiny_batch, tiny_model, token_id
+from tests.tiny_models import (
+    first_text_token,
+    loss_and_grads,
+    materialize_fake,
+    randomize_trainable,
+    tiny_batch,
+    tiny_model,
+    token_id,
+)
 
 
 def generate(model, batch, **options):
@@ -169,12 +177,13 @@ def test_supervised_targets():
 
 def test_right_padding_needs_no_mask():
     """Same loss and gradients with the mask dropped (right padding), kept (said not to be), and on the left."""
-    rows = torch.tensor([[3, 4], [2, 3]])
+    rows, targets = torch.tensor([[3, 4], [2, 4]]), torch.tensor([[7, 7], [7, -100]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert causality_suffices(mask, rows)
-    assert not causality_suffices(mask.flip(1), rows)
-    assert not causality_suffices(torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), rows)
-    assert not causality_suffices(None, rows)
+    assert causality_suffices(mask, rows, targets)
+    assert not causality_suffices(mask.flip(1), rows, targets)
+    assert not causality_suffices(torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]]), rows, targets)
+    assert not causality_suffices(mask, rows, torch.tensor([[7, 7], [7, 7]]))  # padding that carries a label
+    assert not causality_suffices(None, rows, targets)
     model = fuse(add_peft(tiny_model("qwen2_vl"), LoRA(r=4, alpha=8, dropout=0.0))).train()
     randomize_trainable(model)
     batch = tiny_batch("qwen2_vl", padding_side="right")
@@ -183,6 +192,15 @@ def test_right_padding_needs_no_mask():
     torch.testing.assert_close(loss, masked_loss)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, masked_grads[name], rtol=1e-3, atol=1e-6)
+
+
+def test_labels_on_padding_give_what_the_unfused_model_gives():
+    model = add_peft(tiny_model("llava"), LoRA(r=4, alpha=8, dropout=0.0)).train()
+    randomize_trainable(model)
+    batch = tiny_batch("llava", padding_side="right")
+    batch["labels"] = torch.where(batch["attention_mask"] == 0, batch["input_ids"], batch["labels"])
+    expected = model(**batch).loss
+    torch.testing.assert_close(fuse(model)(**batch).loss, expected)
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])
@@ -256,14 +274,7 @@ def test_on_meta_and_under_fake_tensors(method):
     model = fuse(add_peft(empty_model(config, dtype=torch.bfloat16), make_method(method)))
     assert is_fused(model) and all(p.is_meta for p in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, value in list(module._parameters.items()):
-                if value is not None:
-                    fake = nn.Parameter(torch.empty(value.shape, dtype=value.dtype), requires_grad=value.requires_grad)
-                    module._parameters[name] = fake
-            for name, value in list(module._buffers.items()):
-                if value is not None:
-                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        materialize_fake(model)
         embeddings = torch.empty(2, 30, 256, dtype=torch.bfloat16)
         loss = model.train()(
             inputs_embeds=embeddings, labels=torch.zeros(2, 30, dtype=torch.long), supervised_capacity=4

@@ -8,22 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmpeft_fast import add_peft, fuse, make_method, peak_bytes, saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
-from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
+from tests.tiny_models import loss_and_grads, materialize_fake, randomize_trainable, tiny_batch, tiny_model
 
 GIB = 2**30
 LIMITS_GIB = {"lora": 8.5, "ia3": 8.5, "prefix": 8.5, "layernorm-simp": 8.5, "adapter": 9.5}
-
-
-def materialize_fake(model: nn.Module) -> None:
-    """Replaces meta parameters and buffers by fake ones of the active mode's default device."""
-    for module in model.modules():
-        for name, value in list(module._parameters.items()):
-            if value is not None:
-                fake = torch.empty(value.shape, dtype=value.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
-        for name, value in list(module._buffers.items()):
-            if value is not None:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
 @pytest.mark.parametrize("method", LIMITS_GIB)

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch import nn
 
 from mmpeft_fast.models import FAMILIES
 
@@ -89,3 +90,15 @@ def loss_and_grads(model, batch):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def materialize_fake(model: nn.Module) -> None:
+    """Replaces meta parameters and buffers by fake ones of the active mode's default device."""
+    for module in model.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None:
+                fake = torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
+        for name, value in list(module._buffers.items()):
+            if value is not None:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)

@@ -38,8 +38,9 @@ def supervised_targets(labels: Tensor, capacity: int | None = None) -> tuple[Ten
     return rows, targets.gather(1, rows)
 
 
-def causality_suffices(attention_mask: Tensor | None, rows: Tensor) -> bool:
-    """Whether a padding mask [B, T] can be left out: padding is on the right only, so no supervised row can see it.
+def causality_suffices(attention_mask: Tensor | None, rows: Tensor, targets: Tensor) -> bool:
+    """Whether a padding mask [B, T] can be left out: padding is on the right only and carries no label itself, so no
+    supervised row (`supervised_targets`) can see it.
 
     Decided only where that needs no host synchronisation; on accelerators the caller has to say so (`right_padded`).
     """
@@ -48,7 +49,8 @@ def causality_suffices(attention_mask: Tensor | None, rows: Tensor) -> bool:
     if isinstance(attention_mask, FakeTensor):
         return False
     real = attention_mask.bool()
-    return bool(real[:, 0].all() and (real[:, 1:] <= real[:, :-1]).all())
+    labelled_are_real = (real.gather(1, rows) | (targets == IGNORE_INDEX)).all()
+    return bool(real[:, 0].all() and (real[:, 1:] <= real[:, :-1]).all() and labelled_are_real)
 
 
 class FusedCausalLM(Swapped):
@@ -56,8 +58,8 @@ class FusedCausalLM(Swapped):
     returns `logits=None`, unless the model was fused with `keep_logits=True`.
 
     Extra keywords of `forward`, both to spare host synchronisations: `supervised_capacity` (see `supervised_targets`)
-    and `right_padded` (padding, if any, is on the right; read from a mask on the CPU when not given): attention then
-    needs no mask. `num_items_in_batch` divides the summed loss, as in transformers.
+    and `right_padded` (padding, if any, is on the right and unlabelled; read from a mask on the CPU when not given):
+    attention then needs no mask. `num_items_in_batch` divides the summed loss, as in transformers.
     """
 
     keep_logits = False
@@ -69,18 +71,13 @@ class FusedCausalLM(Swapped):
         if kwargs.get("output_attentions"):
             raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
         base_forward = super().forward
-        if self.training:
-            kwargs.setdefault("use_cache", False)  # a training pass has no use for keys and values
-        labels = kwargs.get("labels")
-        if not self.training or self.keep_logits or (labels is None and not args):
-            return base_forward(*args, **kwargs)
         if args:
             # Only the names bound to positions matter here; transformers' models are called by keyword.
-            names = inspect.signature(base_forward).parameters
-            kwargs = dict(zip(names, args, strict=False)) | kwargs
-            labels = kwargs.get("labels")
-            if labels is None:
-                return base_forward(**kwargs)
+            kwargs = dict(zip(inspect.signature(base_forward).parameters, args, strict=False)) | kwargs
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # a training pass has no use for keys and values
+        if not self.training or self.keep_logits or kwargs.get("labels") is None:
+            return base_forward(**kwargs)
         return self._loss_from_tail(**hints, **kwargs)
 
     def _loss_from_tail(
@@ -96,7 +93,7 @@ class FusedCausalLM(Swapped):
     ):
         rows, targets = supervised_targets(labels, supervised_capacity)
         if right_padded is None:
-            right_padded = causality_suffices(kwargs.get("attention_mask"), rows)
+            right_padded = causality_suffices(kwargs.get("attention_mask"), rows, targets)
         if right_padded and self.full_attention:
             kwargs["ignore_padding"] = True
         if (
