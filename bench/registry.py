@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from mmpeft_fast.ops.attention import attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
-from mmpeft_fast.ops.norms import rms_norm, rms_norm_ref
+from mmpeft_fast.ops.norms import rms_norm_ref
+from mmpeft_fast.ops.rms_norm import rms_norm
 from mmpeft_fast.ops.segments import Branch, Segment
 
 

@@ -16,6 +16,7 @@ from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.sites import read_norm
+from mmpeft_fast.layers.stacked_weights import owners, stack_linears
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, base_model, family_of
 
@@ -114,8 +115,11 @@ def _add_prefix(decoder: nn.Module, plan: Plan) -> None:
 def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
-    No parameter is created, moved or renamed. In training with labels the fused model takes its loss from the
-    token-sparse tail and returns `logits=None`; everything else returns what it did before.
+    No parameter is created, replaced or renamed. Weights that share an input (q, k, v; gate, up) become rows of one
+    buffer where nobody else holds their memory; fuse after moving the model to its device.
+
+    In training with labels the fused model takes its loss from the token-sparse tail and returns `logits=None`;
+    everything else returns what it did before.
 
     Args:
         model: a transformers model of a known family, with `add_peft` parameters or without, or a model that HF PEFT
@@ -137,7 +141,11 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
         check_decoder_layer(layer)
     read_norm(decoder.norm)
 
+    owned = owners(model)
     for layer in layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        stack_linears([attn.q_proj, attn.k_proj, attn.v_proj], owned)
+        stack_linears([mlp.gate_proj, mlp.up_proj], owned)
         swap_class(layer, FusedDecoderLayer)
     layers[-1].is_tail = True
     swap_class(decoder.norm, FusedRMSNorm)

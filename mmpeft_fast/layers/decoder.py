@@ -1,10 +1,10 @@
 """A decoder layer as four fused linears around attention; also the classes that norms and vision modules take on.
 
-q, k, v  = fused_linear(x,  [q, k, v],    prologue=rms_norm)
-o        = attention(q, k, v, rotation, scales, head norms, prefix)
-x1       = fused_linear(o,  [o],          residual=x)
-gate, up = fused_linear(x1, [gate, up],   prologue=rms_norm)
-x2       = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
+q, k, v, x   = fused_linear(x,  [q, k, v],    prologue=rms_norm, carry)
+o            = attention(q, k, v, rotation, scales, head norms, prefix)
+x1           = fused_linear(o,  [o],          residual=x)
+gate, up, x1 = fused_linear(x1, [gate, up],   prologue=rms_norm, carry)
+x2           = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
 """
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.sites import read_linear, read_norm
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
+from mmpeft_fast.ops.dropout import draw_seed
 from mmpeft_fast.ops.fused_linear import fused_linear
-from mmpeft_fast.ops.norms import rms_norm
+from mmpeft_fast.ops.rms_norm import rms_norm
 
 
 class FusedDecoderLayer(Swapped):
@@ -47,37 +48,39 @@ class FusedDecoderLayer(Swapped):
         rows = supervised_rows if self.is_tail else None
         mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
 
+        # One draw a layer; `stream` keeps the masks of its four calls apart.
+        linears = [q, k, v, read_linear(attn.o_proj)]
+        linears += [read_linear(getattr(self.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
+        _, _, _, o, gate, up, down = linears
+        draws = any(branch.dropout > 0.0 for site in linears for branch in site.segment.branches)
+        seed = draw_seed(x.device) if draws else None
+
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
         def project(x, *sites):
             segments = [site.segment._replace(out_scale=None) for site in sites]
             in_scale = shared_in_scale(*(site.in_scale for site in sites))
-            y = fused_linear(x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=in_scale)
-            return y if isinstance(y, tuple) else (y,)
+            return fused_linear(
+                x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=in_scale, seed=seed, carry=True
+            )
 
         if rows is None:
-            q_raw, k_raw, v_raw = project(x, q, k, v)
+            q_raw, k_raw, v_raw, x = project(x, q, k, v)
         else:
-            k_raw, v_raw = project(x, k, v)
+            k_raw, v_raw, x = project(x, k, v)
             x = torch.take_along_dim(x, rows[..., None], dim=1)
-            (q_raw,) = project(x, q)
+            q_raw, x = project(x, q)
 
-        o = self._attend(attn, (q_raw, k_raw, v_raw), (q, k, v), cos_sin, mask, past_key_values, rows, eps)
-        site = read_linear(attn.o_proj)
-        x1 = fused_linear(o, [site.segment], in_scale=site.in_scale, residual=x)
+        attended = self._attend(attn, (q_raw, k_raw, v_raw), (q, k, v), cos_sin, mask, past_key_values, rows, eps)
+        x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
-        mlp = self.mlp
         gain, eps = read_norm(self.post_attention_layernorm)
-        gate, up = read_linear(mlp.gate_proj), read_linear(mlp.up_proj)
-        gate_up = fused_linear(
-            x1,
-            [gate.segment, up.segment],
-            prologue="rms_norm",
-            gain=gain,
-            eps=eps,
-            in_scale=shared_in_scale(gate.in_scale, up.in_scale),
+        gate_y, up_y, x1 = fused_linear(
+            x1, [gate.segment, up.segment], prologue="rms_norm", gain=gain, eps=eps,
+            in_scale=shared_in_scale(gate.in_scale, up.in_scale), seed=seed, stream=2, carry=True,
+        )  # fmt: skip
+        return fused_linear(
+            (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3
         )
-        site = read_linear(mlp.down_proj)
-        return fused_linear(gate_up, [site.segment], prologue="swiglu", in_scale=site.in_scale, residual=x1)
 
     def _attend(self, attn, raw, sites, cos_sin, mask, cache, rows, eps) -> Tensor:
         head_dim, scale = attn.head_dim, attn.scaling

@@ -3,33 +3,26 @@
     q', k', v' = rotate(head_norm(q * l_q)), rotate(head_norm(k * l_k)), v * l_v
     o = softmax([scale q' k_p^T, scale q' k'^T + mask]) [v_p; v']
 
-q, k, v are kept as the GEMM gave them; the elementwise steps are redone in the backward, so IA3 (Liu et al. 2022) on
-k and v and Qwen3's head norms save nothing extra and dl is exact where l = 0. Prefix keys are not rotated and every
-query sees them (prefix-tuning, Li & Liang 2021, as in arXiv 2406.05130); the two parts are merged by log-sum-exp:
+q, k, v are kept as they go into the softmax, or, where a scale or a head norm has to be differentiated (IA3, Liu et al.
+2022; Qwen3), as the GEMM gave them: the elementwise steps are then redone, so that dl is exact where l = 0. Prefix keys
+are not rotated and every query sees them (prefix-tuning, Li & Liang 2021, as in arXiv 2406.05130); the two parts are
+merged by log-sum-exp:
 
     L = logaddexp(L_main, L_prefix),  o = o_main exp(L_main - L) + sum_p exp(s_p - L) v_p
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpeft_fast.ops.activations import accumulate_dtype
+from mmpeft_fast.ops import stacking
 from mmpeft_fast.ops.flash import FlashResult, flash_backward, flash_forward
-from mmpeft_fast.ops.norms import rms_norm_backward, rms_norm_forward, rms_norm_ref
-from mmpeft_fast.ops.rotary import rotate, rotate_backward
+from mmpeft_fast.ops.kernel_set import HeadTransform, Rotation
+from mmpeft_fast.ops.norms import rms_norm_ref
+from mmpeft_fast.ops.providers import kernel_set
+from mmpeft_fast.ops.rotary import rotate
 
-
-class HeadTransform(NamedTuple):
-    """What happens to one of q, k, v between its GEMM and the softmax, in this order.
-
-    scale: [heads * DH] or None (IA3); gain: [DH] or None (head norm with `eps`); rotated for q and k.
-    """
-
-    scale: Tensor | None = None
-    gain: Tensor | None = None
+__all__ = ["HeadTransform", "attention", "attention_ref", "concat_prefix_attention", "transform_heads"]
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -42,104 +35,48 @@ def _transform_ref(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: 
     return x if cos is None else rotate(x, cos, sin)
 
 
-def _transform(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: float) -> Tensor:
-    """[B, T, heads * DH] -> [B, heads, T, DH], a transposed view: the kernel lays its output out alike."""
-    x = _heads(x if how.scale is None else (x * how.scale).to(x.dtype), head_dim)
-    if how.gain is not None:
-        x, _ = rms_norm_forward(x, how.gain, eps)
-    return (x if cos is None else rotate(x, cos, sin)).transpose(1, 2)
-
-
-def _transform_backward(
-    dx: Tensor, x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: float, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """d of (x, scale, gain) from the gradient dx [B, heads, T, DH] of the transformed tensor."""
-    need_x, need_scale, need_gain = needs
-    if not any(needs):
-        return None, None, None
-    dx = dx.transpose(1, 2)
-    if cos is not None:
-        dx = rotate_backward(dx, cos, sin)
-    dgain = dscale = None
-    if how.gain is not None:
-        scaled = _heads(x if how.scale is None else (x * how.scale).to(x.dtype), head_dim)
-        _, rstd = rms_norm_forward(scaled, how.gain, eps)
-        dx, dgain = rms_norm_backward(dx, scaled, how.gain, rstd, need_dx=need_x or need_scale, need_dgain=need_gain)
-    if dx is not None:
-        dx = dx.flatten(-2)
-        if how.scale is not None:
-            if need_scale:
-                wide = accumulate_dtype(x.dtype)
-                dscale = (dx.to(wide) * x.to(wide)).flatten(0, -2).sum(0).to(how.scale.dtype)
-            dx = (dx * how.scale).to(x.dtype) if need_x else None
-    return dx, dscale, dgain
-
-
-def _prefix_scores(q: Tensor, prefix_k: Tensor, scale: float) -> Tensor:
-    """[B, HK, G, T, P] in the accumulation dtype, G query heads to a key/value head."""
-    grouped = q.unflatten(1, (prefix_k.shape[0], -1))
-    return torch.einsum("bkgtd,kpd->bkgtp", grouped, prefix_k).to(accumulate_dtype(q.dtype)) * scale
-
-
-def _merge_prefix(
-    main: FlashResult, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor | None, scale: float
-) -> FlashResult:
-    num_queries = q.shape[2]
-    scores = _prefix_scores(q, prefix_k, scale)
-    lse_prefix = torch.logsumexp(scores, dim=-1).flatten(1, 2)  # [B, H, T]
-    out_main, lse_main = main.out, main.lse[..., :num_queries]
-    if mask is not None:
-        # Kernels report an arbitrary lse for queries that may attend to nothing (padding): it has to count as none.
-        alive = mask.any(-1) if mask.dtype == torch.bool else (mask > float("-inf")).any(-1)
-        lse_main = lse_main.masked_fill(~alive, float("-inf"))
-        out_main = out_main.masked_fill(~alive[..., None], 0.0)
-    lse = torch.logaddexp(lse_main, lse_prefix.to(lse_main.dtype))
-    weights = torch.exp(scores - lse.unflatten(1, (prefix_k.shape[0], -1))[..., None].to(scores.dtype))
-    from_prefix = torch.einsum("bkgtp,kpd->bkgtd", weights.to(q.dtype), prefix_v).flatten(1, 2)
-    out = torch.empty_like(main.out)
-    torch.addcmul(from_prefix, out_main, torch.exp(lse_main - lse)[..., None].to(q.dtype), out=out)
-    if main.lse.shape[-1] != num_queries:  # the efficient CUDA kernel pads its lse
-        lse = torch.cat((lse, main.lse[..., num_queries:]), dim=-1)
-    return FlashResult(out, lse, main.extra)
-
-
-def _prefix_backward(
-    dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The prefix part's dq [B, H, T, DH], and dK_p, dV_p [HK, P, DH] reduced over batch, group and queries."""
-    kv_heads = prefix_k.shape[0]
-    scores = _prefix_scores(q, prefix_k, scale)
-    wide = scores.dtype
-    weights = torch.exp(scores - lse[..., : q.shape[2]].unflatten(1, (kv_heads, -1))[..., None].to(wide))
-    grouped_dout = dout.unflatten(1, (kv_heads, -1))
-    delta = (dout.to(wide) * out.to(wide)).sum(-1).unflatten(1, (kv_heads, -1))
-    dweights = torch.einsum("bkgtd,kpd->bkgtp", grouped_dout, prefix_v).to(wide)
-    dscores = (weights * (dweights - delta[..., None]) * scale).to(q.dtype)
-    dq = torch.einsum("bkgtp,kpd->bkgtd", dscores, prefix_k).flatten(1, 2)
-    dprefix_k = torch.einsum("bkgtp,bkgtd->kpd", dscores, q.unflatten(1, (kv_heads, -1)))
-    dprefix_v = torch.einsum("bkgtp,bkgtd->kpd", weights.to(q.dtype), grouped_dout)
-    return dq, dprefix_k, dprefix_v
+def _alive(mask: Tensor | None) -> Tensor | None:
+    """[B or 1, 1, T]: which queries attend to any key at all."""
+    if mask is None:
+        return None
+    return mask.any(-1) if mask.dtype == torch.bool else (mask > float("-inf")).any(-1)
 
 
 class _Attention(torch.autograd.Function):
+    """Keeps q, k and v as they went into the softmax; as the GEMM gave them where a scale is trained or a head norm has
+    to be differentiated."""
+
     @staticmethod
     def forward(
         ctx, q, k, v, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, cos, sin, cos_q, sin_q, mask,
         head_dim, eps, scale, causal,
     ):  # fmt: skip
-        cast = None if prefix_k is None else (prefix_k.to(q.dtype), prefix_v.to(q.dtype))
-        heads_q = _transform(q, HeadTransform(q_scale, q_gain), cos_q, sin_q, head_dim, eps)
-        heads_k = _transform(k, HeadTransform(k_scale, k_gain), cos, sin, head_dim, eps)
-        heads_v = _transform(v, HeadTransform(v_scale), None, None, head_dim, eps)
-        result = flash_forward(heads_q, heads_k, heads_v, mask, causal, scale)
-        if cast is not None:
-            result = _merge_prefix(result, heads_q, *cast, mask, scale)
+        kernels = ctx.kernels = kernel_set("attention", q)
+        how = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
+        rotation = Rotation(cos, sin, cos_q, sin_q)
+        transformed = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps)
+        result = flash_forward(*transformed, mask, causal, scale)
+        if prefix_k is not None:
+            out, lse = kernels.merge_prefix(
+                transformed[0], prefix_k, prefix_v, result.out, result.lse, scale=scale, alive=_alive(mask)
+            )
+            result = FlashResult(out, lse, result.extra)
         # [B, T, H, DH] in memory where the kernel keeps q's layout, so this is a view.
         out = result.out.transpose(1, 2).flatten(-2)
-        tensors = [item for item in result.extra if isinstance(item, Tensor)]
+        ctx.is_raw = [
+            need_scale or transform.gain is not None
+            for need_scale, transform in zip(ctx.needs_input_grad[3:6], how, strict=True)
+        ]
+        ctx.stacked = stacking.as_columns((q, k, v)) is not None
+        kept = [
+            raw if is_raw else done.transpose(1, 2).flatten(-2)
+            for raw, done, is_raw in zip((q, k, v), transformed, ctx.is_raw, strict=True)
+        ]
+        # What the kernel wants back is tensors, numbers and None.
+        tensors = [item if isinstance(item, Tensor) else None for item in result.extra]
         ctx.save_for_backward(
-            q, k, v, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, cos, sin, cos_q, sin_q, mask,
-            out, result.lse, *tensors,
+            *kept, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, *rotation, mask, out, result.lse,
+            *tensors,
         )  # fmt: skip
         ctx.extra = [None if isinstance(item, Tensor) else item for item in result.extra]
         ctx.options = head_dim, eps, scale, causal
@@ -153,28 +90,37 @@ class _Attention(torch.autograd.Function):
             out, lse, *tensors,
         ) = ctx.saved_tensors  # fmt: skip
         head_dim, eps, scale, causal = ctx.options
-        tensors = iter(tensors)
-        extra = tuple(next(tensors) if item is None else item for item in ctx.extra)
-        how_q, how_k, how_v = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
-        heads_q = _transform(q, how_q, cos_q, sin_q, head_dim, eps)
-        heads_k = _transform(k, how_k, cos, sin, head_dim, eps)
-        heads_v = _transform(v, how_v, None, None, head_dim, eps)
+        kernels, need = ctx.kernels, ctx.needs_input_grad
+        extra = tuple(item if tensor is None else tensor for item, tensor in zip(ctx.extra, tensors, strict=True))
+        how = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
+        rotation = Rotation(cos, sin, cos_q, sin_q)
+        kept = (q, k, v)
+        again = (None,) * 3
+        if any(ctx.is_raw):
+            again = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps)
+        heads_q, heads_k, heads_v = (
+            redone if is_raw else _heads(x, head_dim).transpose(1, 2)
+            for x, redone, is_raw in zip(kept, again, ctx.is_raw, strict=True)
+        )
         heads_out, heads_dout = _heads(out, head_dim).transpose(1, 2), _heads(dout, head_dim).transpose(1, 2)
         result = FlashResult(heads_out, lse, extra)
         dq, dk, dv = flash_backward(heads_dout, heads_q, heads_k, heads_v, result, mask, causal, scale)
         dprefix_k = dprefix_v = None
         if prefix_k is not None:
-            dq_prefix, dprefix_k, dprefix_v = _prefix_backward(
-                heads_dout, heads_q, prefix_k.to(q.dtype), prefix_v.to(q.dtype), heads_out, lse, scale
+            dq, dprefix_k, dprefix_v = kernels.prefix_backward(
+                heads_dout, heads_q, prefix_k, prefix_v, heads_out, lse, dq, scale=scale
             )
-            dq = dq + dq_prefix
-            dprefix_k, dprefix_v = dprefix_k.to(prefix_k.dtype), dprefix_v.to(prefix_v.dtype)
-        need = ctx.needs_input_grad
-        dq, dq_scale, dq_gain = _transform_backward(
-            dq, q, how_q, cos_q, sin_q, head_dim, eps, (need[0], need[3], need[6])
+        grads = kernels.heads_backward(
+            (dq, dk, dv),
+            tuple(x if is_raw else None for x, is_raw in zip(kept, ctx.is_raw, strict=True)),
+            how,
+            rotation,
+            head_dim=head_dim,
+            eps=eps,
+            needs=[(need[0], need[3], need[6]), (need[1], need[4], need[7]), (need[2], need[5], False)],
+            out=stacking.empty_columns(kept) if ctx.stacked and all(need[:3]) else None,
         )
-        dk, dk_scale, dk_gain = _transform_backward(dk, k, how_k, cos, sin, head_dim, eps, (need[1], need[4], need[7]))
-        dv, dv_scale, _ = _transform_backward(dv, v, how_v, None, None, head_dim, eps, (need[2], need[5], False))
+        (dq, dq_scale, dq_gain), (dk, dk_scale, dk_gain), (dv, dv_scale, _) = grads
         return dq, dk, dv, dq_scale, dk_scale, dv_scale, dq_gain, dk_gain, dprefix_k, dprefix_v, *(None,) * 9
 
 
@@ -234,10 +180,9 @@ def attention(
             f"attention: expected prefix keys and values [{kv_width // head_dim}, P, {head_dim}], "
             f"got {[list(part.shape) for part in prefix]}"
         )
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [B or 1, T, 1, DH]
     cos_q, sin_q = cos, sin
     if rows is not None:
-        gather = rows[:, :, None, None]
+        gather = rows[:, :, None]
         cos_q, sin_q = (
             torch.take_along_dim(part.expand(rows.shape[0], *part.shape[1:]), gather, dim=1) for part in (cos, sin)
         )

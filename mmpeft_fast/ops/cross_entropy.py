@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmpeft_fast.ops.activations import accumulate_dtype
+from mmpeft_fast.ops.kernels_torch import IGNORE_INDEX
+from mmpeft_fast.ops.providers import kernel_set
 
-IGNORE_INDEX = -100
 # Logits of a chunk in the accumulation dtype stay near 128 MiB: enough rows for an efficient GEMM at 150k words.
 _CHUNK_LOGITS = 1 << 25
 
@@ -22,37 +23,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, labels, count):
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         wide = accumulate_dtype(x.dtype)
-        total = torch.zeros((), dtype=wide, device=x.device)
+        kernels = kernel_set("linear_cross_entropy", x)
+        loss = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if need_dx else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_dweight else None
         dbias = torch.zeros_like(bias, dtype=wide) if need_dbias else None
         chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], chunk):
             rows = x[start : start + chunk]
-            label = labels[start : start + chunk]
-            kept = label != IGNORE_INDEX
-            index = label.masked_fill(~kept, 0)[:, None]
-            logits = torch.nn.functional.linear(rows, weight, bias).to(wide)
-            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (lse - logits.gather(1, index)).squeeze(1).masked_fill(~kept, 0.0).sum()
-            if not (need_dx or need_dweight or need_dbias):
-                continue
-            dlogits = logits.sub_(lse).exp_()
-            dlogits.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-            dlogits.mul_((kept.to(wide) / count)[:, None])
-            narrow = dlogits.to(x.dtype)
+            logits = torch.nn.functional.linear(rows, weight, bias)
+            need_grad = need_dx or need_dweight or need_dbias
+            loss += kernels.cross_entropy_(logits, labels[start : start + chunk], count, need_grad=need_grad)
             if need_dx:
-                torch.mm(narrow, weight, out=dx[start : start + chunk])
+                torch.mm(logits, weight, out=dx[start : start + chunk])
             if need_dweight:
-                dweight += narrow.t() @ rows
+                dweight += logits.t() @ rows
             if need_dbias:
-                dbias += dlogits.sum(0)
+                dbias += logits.sum(0, dtype=wide)
+        if not x.shape[0]:
+            loss = loss / count
         ctx.save_for_backward(
             dx,
             dweight if dweight is None else dweight.to(weight.dtype),
             dbias if dbias is None else dbias.to(bias.dtype),
         )
-        return total / count
+        return loss
 
     @staticmethod
     @once_differentiable

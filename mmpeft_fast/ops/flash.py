@@ -36,7 +36,7 @@ def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _kernel(q: Tensor, mask: Tensor | None) -> str:
     if q.device.type == "cpu":
         return "cpu"
-    if q.device.type == "cuda":
+    if q.device.type in ("cuda", "meta"):
         head_dim, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
         if half and mask is None and head_dim % 8 == 0 and head_dim <= _CUDA_FLASH_MAX_HEAD_DIM:
             return "cuda_flash"

@@ -9,8 +9,10 @@ from torch import Tensor
 from mmpeft_fast.ops.dropout import keep_probability
 from mmpeft_fast.ops.segments import Segment
 
-# Post branches drop elements of the output, the others of the input: separate Philox streams.
+# Post branches drop elements of the output, the others of the input: separate Philox streams. Calls that share a seed
+# are kept apart above that.
 _POST_STREAM = 1 << 16
+_CALL_STREAM = 1 << 20
 
 MaskKey = tuple[float, int]  # dropout probability and Philox stream: what a mask depends on besides seed and shape
 
@@ -171,19 +173,19 @@ class Needs:
         self.kept_x = self.h or self.in_scale or (self.dh and spec.prologue != "none")
 
 
-def mask_key(dropout: float, stream: int, position: str) -> MaskKey | None:
+def mask_key(dropout: float, stream: int, position: str, call_stream: int = 0) -> MaskKey | None:
     if round(dropout * 65536) == 0:
         return None
-    return dropout, stream + (_POST_STREAM if position == "post" else 0)
+    return dropout, stream + (_POST_STREAM if position == "post" else 0) + _CALL_STREAM * call_stream
 
 
-def call_spec(prologue: str, eps: float, segments: Sequence[Segment]) -> CallSpec:
+def call_spec(prologue: str, eps: float, segments: Sequence[Segment], stream: int = 0) -> CallSpec:
     return CallSpec(
         prologue,
         eps,
         tuple(
             tuple(
-                BranchSpec(b.scaling, b.activation, b.position, mask_key(b.dropout, b.stream, b.position))
+                BranchSpec(b.scaling, b.activation, b.position, mask_key(b.dropout, b.stream, b.position, stream))
                 for b in seg.branches
             )
             for seg in segments

@@ -16,42 +16,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpeft_fast.ops import fused_linear_torch
+from mmpeft_fast.ops import schedule
 from mmpeft_fast.ops.activations import ACTIVATIONS
 from mmpeft_fast.ops.dropout import draw_seed, dropout_ref
 from mmpeft_fast.ops.fused_call import Call, Kept, Needs, call_spec, flatten_segments, mask_key, unflatten_segments
 from mmpeft_fast.ops.prologue import prologue_ref
-from mmpeft_fast.ops.providers import chosen_provider, log_fallback
+from mmpeft_fast.ops.providers import kernel_set
 from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
 
-def _implementation(call: Call, need: Needs):
-    """The provider's module for this call."""
-    name = chosen_provider()
-    if name == "triton":
-        from mmpeft_fast.ops import fused_linear_triton
-
-        reason = fused_linear_triton.unsupported(call, need)
-        if reason is None:
-            return fused_linear_triton
-        log_fallback("fused_linear", name, reason)
-    return fused_linear_torch
-
-
 class _FusedLinear(torch.autograd.Function):
-    """Arguments after `spec`: residual, gain, in_scale, seed, the inputs (one or two), then the segments' tensors in
-    the order of `flatten_segments`."""
+    """Arguments after `spec` and `carry`: residual, gain, in_scale, seed, the inputs (one or two), then the segments'
+    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input."""
 
     @staticmethod
-    def forward(ctx, spec, residual, gain, in_scale, seed, *tensors):
+    def forward(ctx, spec, carry, residual, gain, in_scale, seed, *tensors):
         x, flat = tensors[: spec.num_inputs], tensors[spec.num_inputs :]
-        need = Needs(ctx.needs_input_grad[1:], spec)
+        need = Needs(ctx.needs_input_grad[2:], spec)
         call = Call(spec, residual, gain, in_scale, seed, x, unflatten_segments(spec, flat))
-        ctx.implementation = _implementation(call, need)
-        outputs, kept = ctx.implementation.forward(call, need)
+        ctx.kernels = kernel_set("fused_linear", x[0])
+        outputs, kept = schedule.forward(ctx.kernels, call, need)
         lists = [x if need.kept_x else (None,) * len(x), flat, *kept[1:]]
         ctx.spec, ctx.lengths = spec, [len(items) for items in lists]
+        ctx.output_shapes = [y.shape for y in outputs]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gain, in_scale, seed, kept.rstd, *(tensor for items in lists for tensor in items))
+        if carry:
+            outputs.append(x[0])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
@@ -64,9 +55,22 @@ class _FusedLinear(torch.autograd.Function):
             saved = saved[length:]
         x, flat, *kept = lists
         call = Call(ctx.spec, None, gain, in_scale, seed, tuple(x), unflatten_segments(ctx.spec, flat))
-        need = Needs(ctx.needs_input_grad[1:], ctx.spec)
-        grads = ctx.implementation.backward(call, need, Kept(rstd, *kept), dys)
-        return None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
+        need = Needs(ctx.needs_input_grad[2:], ctx.spec)
+        dys, dcarry = dys[: len(ctx.output_shapes)], dys[len(ctx.output_shapes) :]
+        given = next((dy for dy in (*dys, *dcarry) if dy is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dys = [
+            given.new_zeros(shape) if dy is None else _with_plain_rows(dy)
+            for dy, shape in zip(dys, ctx.output_shapes, strict=True)
+        ]
+        grads = schedule.backward(ctx.kernels, call, need, Kept(rstd, *kept), dys, dcarry[0] if dcarry else None)
+        return None, None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
+
+
+def _with_plain_rows(x: Tensor) -> Tensor:
+    """x [M, N] with unit column stride and rows that do not overlap, copied only where it has not."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def fused_linear(
@@ -79,6 +83,8 @@ def fused_linear(
     in_scale: Tensor | None = None,
     residual: Tensor | None = None,
     seed: Tensor | None = None,
+    stream: int = 0,
+    carry: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Linear layers that share an input, with everything PEFT adds to them, in one differentiable op.
 
@@ -91,22 +97,25 @@ def fused_linear(
         in_scale: [K], multiplied onto the prologue's result.
         residual: [..., N], added last; one segment only.
         seed: 0-dim int64 seed of the dropout masks; drawn from torch's generator when None.
+        stream: 0 to 4095, keeps the masks of calls that share a seed apart.
+        carry: also return x, for the residual connection around this op: what it contributes to dx is added inside the
+            prologue's backward instead of by a pass of its own.
 
     Returns:
-        y [..., N] in x's dtype, or a tuple with one such tensor a segment.
+        y [..., N] in x's dtype, or a tuple with one such tensor a segment; with `carry` a tuple that ends in x.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; the message has the expectation and what came.
     """
     x = x if isinstance(x, tuple) else (x,)
     check_call(x, segments, prologue, gain, in_scale, residual)
-    spec = call_spec(prologue, eps, segments)
+    spec = call_spec(prologue, eps, segments, stream)
     if seed is None and any(branch.mask is not None for branches in spec.segments for branch in branches):
         seed = draw_seed(x[0].device)
     lead = x[0].shape[:-1]
-    inputs = [part.reshape(-1, part.shape[-1]) for part in x]
+    inputs = [_with_plain_rows(part.reshape(-1, part.shape[-1])) for part in x]
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = _FusedLinear.apply(spec, flat_residual, gain, in_scale, seed, *inputs, *flatten_segments(segments))
+    y = _FusedLinear.apply(spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flatten_segments(segments))
     if isinstance(y, tuple):
         return tuple(part.view(*lead, part.shape[-1]) for part in y)
     return y.view(*lead, y.shape[-1])
@@ -122,14 +131,15 @@ def fused_linear_ref(
     in_scale: Tensor | None = None,
     residual: Tensor | None = None,
     seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, ...]:
     """The definition of `fused_linear` in plain differentiable torch; always a tuple. No `seed`: torch's dropout."""
     x = x if isinstance(x, tuple) else (x,)
     h = prologue_ref(prologue, x, gain, eps, in_scale)
 
     def contribution(branch: Branch, operand: Tensor) -> Tensor:
-        _, stream = mask_key(branch.dropout, branch.stream, branch.position) or (0.0, 0)
-        kept = dropout_ref(operand, seed, branch.dropout, stream=stream)
+        _, mask_stream = mask_key(branch.dropout, branch.stream, branch.position, stream) or (0.0, 0)
+        kept = dropout_ref(operand, seed, branch.dropout, stream=mask_stream)
         a = kept @ branch.down.to(operand.dtype).t()
         return branch.scaling * ACTIVATIONS[branch.activation].function(a) @ branch.up.to(operand.dtype).t()
 

@@ -1,19 +1,14 @@
-"""RMSNorm whose gain is differentiated only when it requires grad, and whose normalised input is never stored.
+"""RMSNorm in plain torch, forward and backward.
 
-    rms_norm: y = gain * x * rstd,  rstd = (mean(x^2) + eps)^-1/2          (Zhang & Sennrich 2019, eq. 4)
+    y = gain * x * rstd,  rstd = (mean(x^2) + eps)^-1/2          (Zhang & Sennrich 2019, eq. 4)
 
 The product x * rstd is rounded to x's dtype before the gain is applied, as in transformers' LLaMA and Qwen norms.
-`layer_norm` is torch's own: its backward already computes only the gradients that are asked for.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm
 
 from mmpeft_fast.ops.activations import accumulate_dtype
-
-__all__ = ["layer_norm", "rms_norm", "rms_norm_backward", "rms_norm_forward", "rms_norm_ref"]
 
 
 def rms_norm_ref(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -48,37 +43,3 @@ def rms_norm_backward(
         mean = (dnormalised * normalised).mean(-1, keepdim=True)
         dx = dnormalised.sub_(normalised.mul_(mean)).mul_(rstd).to(x.dtype)
     return dx, dgain
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        y, rstd = rms_norm_forward(x, gain, eps)
-        ctx.save_for_backward(x, gain, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, gain, rstd = ctx.saved_tensors
-        need_dx, need_dgain = ctx.needs_input_grad[:2]
-        return *rms_norm_backward(dy, x, gain, rstd, need_dx=need_dx, need_dgain=need_dgain), None
-
-
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation.
-
-    Args:
-        x: [..., K], any float dtype.
-        gain: [K], the norm's weight, frozen or trained.
-        eps: added to the mean square.
-
-    Returns:
-        [..., K] in x's dtype.
-
-    Raises:
-        ValueError: `gain` is not [K].
-    """
-    if gain.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: gain must be [{x.shape[-1]}] for x {list(x.shape)}, got {list(gain.shape)}")
-    return _RMSNorm.apply(x, gain, eps)

@@ -5,10 +5,16 @@ A provider becomes the default of a device only once committed measurements on t
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
+from types import ModuleType
+
+from torch import Tensor
+
+from mmpeft_fast.ops import kernels_torch
 
 PROVIDERS = ("torch", "triton")
 
@@ -38,6 +44,18 @@ def provider(name: str) -> Iterator[None]:
 
 def chosen_provider() -> str:
     return _forced.get() or "torch"
+
+
+def kernel_set(op: str, x: Tensor) -> ModuleType:
+    """The module whose kernels run `op` on a tensor like x: the chosen provider's, or torch's where it cannot."""
+    name = chosen_provider()
+    if name != "torch":
+        module = importlib.import_module(f"mmpeft_fast.ops.kernels_{name}")
+        reason = module.unsupported(x)
+        if reason is None:
+            return module
+        log_fallback(op, name, reason)
+    return kernels_torch
 
 
 @functools.cache

@@ -53,6 +53,23 @@ def run(function, inputs, options, tensors):
     return out, torch.autograd.grad(out, tensors, upstream)
 
 
+def widened(case):
+    """The same case in float64."""
+    inputs, options, tensors = case
+    wide = {id(tensor): tensor.detach().double().requires_grad_() for tensor in tensors}
+
+    def of(value):
+        if isinstance(value, HeadTransform):
+            return HeadTransform(*(of(part) for part in value))
+        if isinstance(value, tuple):
+            return tuple(of(part) for part in value)
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return wide.get(id(value), value.double())
+        return value
+
+    return of(inputs), {name: of(value) for name, value in options.items()}, [wide[id(tensor)] for tensor in tensors]
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("mask", [None, "left", "right"])
 def test_equals_concatenation_in_float64(heads, mask):
@@ -84,14 +101,10 @@ def test_gradcheck(prefix, scales):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("length, prefix", [(1, 7), (33, 1), (130, 20)])
 def test_training_dtypes(dtype, length, prefix):
-    inputs, options, tensors = make(length=length, prefix=prefix, scales=True, dtype=dtype)
-    out, grads = run(attention, inputs, options, tensors)
-    eager, eager_grads = run(attention_ref, inputs, options, tensors)
-    wide = make(length=length, prefix=prefix, scales=True)
-    for narrow_tensor, wide_tensor in zip(tensors, wide[2], strict=True):
-        wide_tensor.data.copy_(narrow_tensor.data)
-    wide_inputs = (*wide[0][:3], inputs[3].double(), inputs[4].double())
-    truth, true_grads = run(attention_ref, wide_inputs, *wide[1:])
+    case = make(length=length, prefix=prefix, scales=True, dtype=dtype)
+    out, grads = run(attention, *case)
+    eager, eager_grads = run(attention_ref, *case)
+    truth, true_grads = run(attention_ref, *widened(case))
     assert_as_close_as_eager(out, eager, truth, "out")
     for i, (grad, eager_grad, expected) in enumerate(zip(grads, eager_grads, true_grads, strict=True)):
         assert_as_close_as_eager(grad, eager_grad, expected, f"gradient {i}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmpeft_fast import provider
-from mmpeft_fast.ops import fused_linear_torch, fused_linear_triton, providers
+from mmpeft_fast.ops import kernels_torch, kernels_triton, providers
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
 from tests.closeness import assert_as_close_as_eager
 from tests.ops.calls import as_tuple, make_call
@@ -22,31 +22,30 @@ def run_on_triton(call, **options):
 
 
 def used(call) -> object:
-    """The provider module that the call really ran on."""
+    """The kernels that the call really ran on."""
     with provider("triton"):
         output = as_tuple(fused_linear(*call.arguments(), **call.options))[0]
     node = output.grad_fn
-    while not hasattr(node, "implementation"):
+    while not hasattr(node, "kernels"):
         node = node.next_functions[0][0]
-    return node.implementation
+    return node.kernels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("prologue", ["none", "rms_norm", "swiglu"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"positions": ("parallel",), "dropout": 0.2, "residual": True, "bias": True},
-        {"positions": ("parallel",), "num_segments": 2, "activation": "tanh"},
-        {"positions": (), "in_scale": True},
-    ],
-    ids=["lora", "two segments", "ia3"],
-)
-def test_forward_and_gradients(dtype, prologue, options):
-    call = make_call(prologue=prologue, lead=(17,), width=33, num_out=40, rank=5, dtype=dtype, **options)
-    frozen = {id(seg.weight) for seg in call.segments} | {id(seg.bias) for seg in call.segments}
-    call = call.map(lambda tensor: tensor.detach().requires_grad_(id(tensor) not in frozen))
-    assert used(call) is fused_linear_triton
+def stacked(call):
+    """The same call with weights, biases and branches of its segments as rows of one buffer each."""
+    groups = [[seg.weight for seg in call.segments], [seg.bias for seg in call.segments]]
+    for place in range(len(call.segments[0].branches)):
+        groups += [[seg.branches[place][i] for seg in call.segments] for i in (0, 1)]
+    moved = {}
+    for group in groups:
+        if group[0] is not None:
+            parts = torch.cat([tensor.detach() for tensor in group]).split([tensor.shape[0] for tensor in group])
+            moved |= {id(old): new.requires_grad_(old.requires_grad) for old, new in zip(group, parts, strict=True)}
+    return call.map(lambda tensor: moved.get(id(tensor), tensor))
+
+
+def check_against_eager(call):
+    assert used(call) is kernels_triton
     outputs, upstream, grads = run_on_triton(call)
     eager, _, eager_grads = run(call, fused_linear_ref, upstream=upstream)
     wide = call.map(lambda tensor: tensor.detach().double().requires_grad_(tensor.requires_grad))
@@ -57,6 +56,36 @@ def test_forward_and_gradients(dtype, prologue, options):
     for name, grad in grads.items():
         assert grad.dtype == eager_grads[name].dtype
         assert_as_close_as_eager(grad, eager_grads[name], true_grads[name], f"d{name}")
+
+
+LORA = {"positions": ("parallel",), "dropout": 0.2, "bias": True}
+CASES = {
+    "lora": {**LORA, "residual": True},
+    "two segments": {**LORA, "num_segments": 2, "activation": "tanh"},
+    "ia3": {"in_scale": True, "out_scale": True},
+    "adapter pre": {"positions": ("pre",), "num_segments": 2, "activation": "tanh", "dropout": 0.2},
+    "adapter post": {"positions": ("post",), "activation": "tanh", "dropout": 0.2, "residual": True},
+    "everything": {
+        "positions": ("parallel", "parallel", "pre", "post", "post"), "activation": "gelu", "bias": True,
+        "out_scale": True, "in_scale": True, "residual": True, "dropout": 0.2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("prologue", ["none", "rms_norm", "swiglu"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(dtype, prologue, case):
+    check_against_eager(
+        make_call(prologue=prologue, lead=(17,), width=33, num_out=40, rank=5, dtype=dtype, **CASES[case])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("prologue", ["rms_norm", "swiglu"])
+def test_stacked_segments_run_together(dtype, prologue):
+    call = make_call(prologue=prologue, lead=(17,), width=33, num_out=40, rank=5, dtype=dtype, num_segments=3, **LORA)
+    check_against_eager(stacked(call))
 
 
 @pytest.mark.parametrize("name", ["0.parallel0.down", "0.parallel0.up", "x0", "gain"])
@@ -70,22 +99,12 @@ def test_each_gradient_alone(name):
     torch.testing.assert_close(grads[name], expected[name])
 
 
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ({"positions": ("pre",)}, "pre and post branches"),
-        ({"positions": ("parallel", "parallel")}, "several branches on one segment"),
-        ({"positions": ("parallel",), "out_scale": True}, "output scales"),
-        ({"positions": ()}, "trained base weights"),
-    ],
-)
-def test_the_rest_goes_to_torch_and_says_so_once(options, reason, caplog):
+def test_float64_goes_to_torch_and_says_so_once(caplog):
     providers.log_fallback.cache_clear()
-    call = make_call(dtype=torch.float32, **options)
+    call = make_call(positions=("parallel",))
     with caplog.at_level(logging.WARNING):
-        assert used(call) is fused_linear_torch
-        assert used(call) is fused_linear_torch
-    assert [record.message for record in caplog.records if reason in record.message] == [
-        record.message for record in caplog.records
+        assert used(call) is kernels_torch
+        assert used(call) is kernels_torch
+    assert [record.message for record in caplog.records] == [
+        "fused_linear: the triton provider cannot run float64; the torch provider does"
     ]
-    assert len(caplog.records) == 1

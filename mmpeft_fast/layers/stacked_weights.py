@@ -1,0 +1,68 @@
+"""Weights that share an input (q, k, v; gate, up) moved into one buffer, so that they are one GEMM.
+
+Every module keeps its parameter: same object, name, shape and values; only its memory is now rows of the buffer. What
+somebody else may hold on to is left where it is: shared, tied, sharded or read-only tensors.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast.layers.sites import read_linear
+from mmpeft_fast.ops import stacking
+
+
+def owners(model: nn.Module) -> Counter:
+    """How many parameters and buffers of the model lie in each storage."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return Counter(tensor.untyped_storage()._cdata for tensor in tensors if _is_plain(tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def _is_movable(tensor: Tensor, owned: Counter) -> bool:
+    if not _is_plain(tensor) or not tensor.is_contiguous() or tensor.is_inference():
+        return False
+    storage = tensor.untyped_storage()
+    return owned[storage._cdata] == 1 and storage.nbytes() == tensor.numel() * tensor.element_size()
+
+
+def stack_rows(tensors: Sequence[Tensor], owned: Counter) -> bool:
+    """Makes tensors [N_i, ...] rows of one new buffer, in place; False, and nothing moved, where one may not be moved.
+
+    owned: as `owners` gives it; brought up to date.
+    """
+    first = tensors[0]
+    alike = all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype and t.device == first.device for t in tensors)
+    if not alike or not all(_is_movable(tensor, owned) for tensor in tensors):
+        return False
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        return False
+    buffer = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, rows in zip(tensors, buffer.split([tensor.shape[0] for tensor in tensors]), strict=True):
+        owned[tensor.untyped_storage()._cdata] -= 1
+        tensor.data = rows
+    owned[buffer.untyped_storage()._cdata] = len(tensors)
+    return True
+
+
+def _together(linears: Sequence[nn.Module]) -> Iterable[list[Tensor]]:
+    """The groups of tensors that one launch reads together: weights, biases, then down and up of each branch."""
+    segments = [read_linear(linear).segment for linear in linears]
+    yield [segment.weight for segment in segments]
+    yield [segment.bias for segment in segments]
+    if len({len(segment.branches) for segment in segments}) == 1:
+        for branches in zip(*(segment.branches for segment in segments), strict=True):
+            yield [branch.down for branch in branches]
+            yield [branch.up for branch in branches]
+
+
+def stack_linears(linears: Sequence[nn.Module], owned: Counter) -> None:
+    """Stacks weights, biases and branches of linear sites that share an input, group by group where that is allowed."""
+    for group in _together(linears):
+        if all(tensor is not None for tensor in group) and stacking.as_rows(group) is None:
+            stack_rows(group, owned)

@@ -1,0 +1,314 @@
+"""The order in which a fused linear calls the kernel set, forward and backward; the same for every provider."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmpeft_fast.ops import stacking
+from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.fused_call import (
+    Call,
+    CallBranch,
+    CallSegment,
+    Grads,
+    Kept,
+    MaskKey,
+    Needs,
+    SegmentGrads,
+    WantedSegment,
+)
+from mmpeft_fast.ops.kernel_set import LowRank, Mask, PrologueGrads, PrologueSpec, Term
+
+_PLAIN = PrologueSpec("none", None, 0.0, None)
+
+
+class _Group(NamedTuple):
+    """Inner branches that share a mask: one shrink, one masked product. members: their indices among inner branches."""
+
+    low_rank: LowRank
+    members: list[int]
+
+    def split(self, stacked: Tensor | None, inner: Sequence[CallBranch], dim: int) -> Iterator[tuple[int, Tensor]]:
+        """(index of an inner branch, its part of a tensor that is stacked by ranks)."""
+        ranks = [inner[i].down.shape[0] for i in self.members]
+        parts = [None] * len(ranks) if stacked is None else stacked.split(ranks, dim=dim)
+        return zip(self.members, parts, strict=True)
+
+
+def _mask(key: MaskKey | None, seed: Tensor | None) -> Mask | None:
+    return None if key is None else Mask(key[0], key[1], seed)
+
+
+def _groups(inner: Sequence[CallBranch], seed: Tensor | None) -> list[_Group]:
+    by_mask: dict[MaskKey | None, list[int]] = {}
+    for i, branch in enumerate(inner):
+        by_mask.setdefault(branch.spec.mask, []).append(i)
+    return [
+        _Group(LowRank(stacking.rows([inner[i].down for i in members]), _mask(key, seed)), members)
+        for key, members in by_mask.items()
+    ]
+
+
+def _prologue_spec(call: Call) -> PrologueSpec:
+    return PrologueSpec(call.spec.prologue, call.gain, call.spec.eps, call.in_scale)
+
+
+def _inner(call: Call) -> list[CallBranch]:
+    return [branch for seg in call.segments for branch in seg.inner]
+
+
+def _terms(branches: Sequence[CallBranch], a: Sequence[Tensor], position: str, start: int, stop: int) -> list[Term]:
+    return [
+        Term(ACTIVATIONS[branch.spec.activation].function(a_branch), branch.up, branch.spec.scaling, start, stop)
+        for branch, a_branch in zip(branches, a, strict=True)
+        if branch.spec.position == position
+    ]
+
+
+def _plus(y: Tensor, term: Term) -> Tensor:
+    return torch.addmm(y, term.z, term.up.to(y.dtype).t(), alpha=term.scaling)
+
+
+def _pre_operand(h: Tensor, seg: CallSegment, a: Sequence[Tensor]) -> Tensor:
+    """h plus the pre branches' contributions [M, K]; h itself where there are none."""
+    for term in _terms(seg.inner, a, "pre", 0, h.shape[1]):
+        h = _plus(h, term)
+    return h
+
+
+def _stacked(segments: Sequence[CallSegment]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of all segments as one, where their weights are rows of one buffer and nothing keeps the
+    segments apart."""
+    if any(seg.out_scale is not None or any(b.spec.position != "parallel" for b in seg.branches) for seg in segments):
+        return None
+    biases = [seg.bias for seg in segments]
+    if any((bias is None) != (biases[0] is None) for bias in biases):
+        return None
+    weight = stacking.as_rows([seg.weight for seg in segments])
+    if weight is None:
+        return None
+    return weight, None if biases[0] is None else stacking.rows(biases)
+
+
+def forward(kernels, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
+    """The outputs [M, N_i] of the segments, and what `backward` needs."""
+    inner = _inner(call)
+    groups = _groups(inner, call.seed)
+    h, rstd, a_group = kernels.prologue(_prologue_spec(call), call.x, groups[0].low_rank if groups else None)
+    a: list[Tensor | None] = [None] * len(inner)
+    for group in groups:
+        if group is not groups[0]:
+            _, _, a_group = kernels.prologue(_PLAIN, (h,), group.low_rank, need_h=False)
+        for i, part in group.split(a_group, inner, 1):
+            a[i] = part
+    kept = Kept(rstd if need.kept_x else None, a, [], [], [])
+    stacked = _stacked(call.segments)
+    if stacked is not None:
+        return _stacked_outputs(kernels, call, h, a, *stacked), kept
+    remaining, outputs = iter(a), []
+    for seg, wants in zip(call.segments, need.segments, strict=True):
+        outputs.append(_output(kernels, call, seg, wants, h, [next(remaining) for _ in seg.inner], kept))
+    return outputs, kept
+
+
+def _stacked_outputs(kernels, call: Call, h: Tensor, a: Sequence[Tensor], weight: Tensor, bias: Tensor | None):
+    terms, widths, remaining = [], [seg.weight.shape[0] for seg in call.segments], iter(a)
+    start = 0
+    for seg, width in zip(call.segments, widths, strict=True):
+        a_seg = [next(remaining) for _ in seg.inner]
+        terms += _terms(seg.inner, a_seg, "parallel", start, start + width)
+        start += width
+    y = kernels.lowrank_gemm(h, weight, terms, bias=bias, residual=call.residual)
+    return [y] if len(widths) == 1 else list(y.split(widths, dim=1))
+
+
+def _output(
+    kernels, call: Call, seg: CallSegment, wants: WantedSegment, h: Tensor, a: Sequence[Tensor], kept: Kept
+) -> Tensor:
+    """y [M, N] of one segment; adds what its backward needs to `kept`."""
+    operand = _pre_operand(h, seg, a)
+    terms = _terms(seg.inner, a, "parallel", 0, seg.weight.shape[0])
+    is_last = seg.out_scale is None and not seg.post
+    y = kernels.lowrank_gemm(operand, seg.weight, terms, bias=seg.bias, residual=call.residual if is_last else None)
+    if is_last:
+        return y
+    if seg.out_scale is not None:
+        kept.before_scale.append(y if wants.out_scale else None)
+        y = (y * seg.out_scale).to(y.dtype)
+        if not seg.post:
+            return y if call.residual is None else y.add_(call.residual)
+    kept.before_post.append(y if any(want.down for want in wants.branches) else None)
+    if len(seg.post) > 1:
+        return _several_post(kernels, call, seg, y, kept)
+    (branch,) = seg.post
+    spec = branch.spec
+    y, a_post = kernels.post_branch(
+        y, branch.down, branch.up, scaling=spec.scaling, activation=spec.activation, mask=_mask(spec.mask, call.seed),
+        residual=call.residual,
+    )  # fmt: skip
+    kept.a_post.append(a_post)
+    return y
+
+
+def _several_post(kernels, call: Call, seg: CallSegment, y: Tensor, kept: Kept) -> Tensor:
+    """Post branches all act on y, not on one another: y + sum of their contributions."""
+    total = y if call.residual is None else y + call.residual
+    for branch in seg.post:
+        low_rank = LowRank(branch.down, _mask(branch.spec.mask, call.seed))
+        _, _, a = kernels.prologue(_PLAIN, (y,), low_rank, need_h=False)
+        kept.a_post.append(a)
+        z = ACTIVATIONS[branch.spec.activation].function(a)
+        total = _plus(total, Term(z, branch.up, branch.spec.scaling, 0, y.shape[1]))
+    return total
+
+
+class _Backward:
+    """One backward pass over the segments of a call."""
+
+    def __init__(self, kernels, call: Call, need: Needs, kept: Kept):
+        self.kernels, self.call, self.need, self.kept = kernels, call, need, kept
+        self.inner = _inner(call)
+        self.wanted = [
+            want
+            for seg, wants in zip(call.segments, need.segments, strict=True)
+            for branch, want in zip(seg.branches, wants.branches, strict=True)
+            if not branch.is_post
+        ]
+        # Without dh only the masks' groups matter that have a trained D.
+        self.groups = [
+            group
+            for group in _groups(self.inner, call.seed)
+            if need.dh or any(self.wanted[i].down for i in group.members)
+        ]
+        self.needs_da = {i for group in self.groups for i in group.members}
+        self.da: list[Tensor | None] = [None] * len(self.inner)
+        self.dup: list[Tensor | None] = [None] * len(self.inner)
+        self._before_scale, self._before_post = iter(kept.before_scale), iter(kept.before_post)
+        self._a_post = iter(kept.a_post)
+
+    def run(self, dys: Sequence[Tensor], dcarry: Tensor | None) -> Grads:
+        call, need = self.call, self.need
+        heads, below = [], []  # gradients of a segment's own tensors, and of its GEMM's output
+        for seg, wants, dy in zip(call.segments, need.segments, dys, strict=True):
+            dy, post = self._below_post(seg, wants, dy) if seg.post else (dy, {})
+            dout_scale = None
+            if seg.out_scale is not None:
+                before = next(self._before_scale)
+                if wants.out_scale:
+                    dout_scale = (dy.to(seg.out_scale.dtype) * before).sum(0).to(seg.out_scale.dtype)
+                dy = (dy * seg.out_scale).to(dy.dtype)
+            heads.append((dout_scale, post))
+            below.append(dy)
+        self._branches(below, "parallel")
+        weights = self._weights(below) if any(wants.weight for wants in need.segments) else [None] * len(below)
+        dh = self._gemms(below)
+        prologue, ddowns = self._prologue(dh, dcarry)
+        segments, inner_grads = [], iter(zip(ddowns, self.dup, strict=True))
+        for seg, wants, dy, dweight, (dout_scale, post) in zip(
+            call.segments, need.segments, below, weights, heads, strict=True
+        ):
+            dbias = dy.sum(0).to(seg.bias.dtype) if wants.bias else None
+            branches = [post[i] if branch.is_post else next(inner_grads) for i, branch in enumerate(seg.branches)]
+            segments.append(SegmentGrads(dweight, dbias, dout_scale, branches))
+        residual = dys[0] if need.residual else None
+        return Grads(residual, prologue.dgain, prologue.din_scale, prologue.dx, segments)
+
+    def _below_post(self, seg: CallSegment, wants: WantedSegment, dout: Tensor) -> tuple[Tensor, dict]:
+        """The gradient below the post branches, and (dD, dU) of these by their place in the segment."""
+        posts = [item for item in enumerate(zip(seg.branches, wants.branches, strict=True)) if item[1][0].is_post]
+        branches, wanted = [branch for _, (branch, _) in posts], [want for _, (_, want) in posts]
+        a = [next(self._a_post) for _ in posts]
+        das, dups = self.kernels.dy_pass(
+            [dout] * len(posts), a, [branch.up for branch in branches],
+            scalings=[branch.spec.scaling for branch in branches],
+            activations=[branch.spec.activation for branch in branches],
+            need_da=[True] * len(posts), need_dup=[want.up for want in wanted],
+        )  # fmt: skip
+        parts = [LowRank(branch.down, _mask(branch.spec.mask, self.call.seed)) for branch in branches]
+        grads = self.kernels.prologue_backward(
+            _PLAIN, dout.clone(), (next(self._before_post),), None, low_rank=list(zip(parts, das, strict=True)),
+            ddown_wanted=[want.down for want in wanted], need_dx=(True,),
+        )  # fmt: skip
+        pairs = zip(grads.ddowns, dups, strict=True)
+        return grads.dx[0], dict(zip((i for i, _ in posts), pairs, strict=True))
+
+    def _branches(self, dys: Sequence[Tensor | None], position: str) -> None:
+        """da and dU of the inner branches at `position`; dys: by segment, what the branches' contributions meet."""
+        chosen, index = [], 0
+        for seg, dy in zip(self.call.segments, dys, strict=True):
+            for branch in seg.inner:
+                if branch.spec.position == position:
+                    chosen.append((index, branch, dy))
+                index += 1
+        if not chosen:
+            return
+        das, dups = self.kernels.dy_pass(
+            [dy for _, _, dy in chosen],
+            [self.kept.a_inner[i] for i, _, _ in chosen],
+            [branch.up for _, branch, _ in chosen],
+            scalings=[branch.spec.scaling for _, branch, _ in chosen],
+            activations=[branch.spec.activation for _, branch, _ in chosen],
+            need_da=[i in self.needs_da for i, _, _ in chosen],
+            need_dup=[self.wanted[i].up for i, _, _ in chosen],
+        )
+        for (i, _, _), da, dup in zip(chosen, das, dups, strict=True):
+            self.da[i], self.dup[i] = da, dup
+
+    def _weights(self, dys: Sequence[Tensor]) -> list[Tensor | None]:
+        """dW of trained base weights."""
+        h, _, _ = self.kernels.prologue(_prologue_spec(self.call), self.call.x, None, rstd=self.kept.rstd)
+        remaining, dweights = iter(self.kept.a_inner), []
+        for seg, wants, dy in zip(self.call.segments, self.need.segments, dys, strict=True):
+            a = [next(remaining) for _ in seg.inner]
+            dweights.append(dy.t() @ _pre_operand(h, seg, a) if wants.weight else None)
+        return dweights
+
+    def _gemms(self, dys: Sequence[Tensor]) -> Tensor | None:
+        """dh before its low-rank parts; also what pre branches need, which add to the GEMMs' input."""
+        kernels, segments = self.kernels, self.call.segments
+        if any(branch.spec.position == "pre" for branch in self.inner):
+            doperands = [kernels.lowrank_gemm_dx(dy, seg.weight) for seg, dy in zip(segments, dys, strict=True)]
+            self._branches(doperands, "pre")
+            dh, *others = doperands
+            for doperand in others:
+                dh = dh.add_(doperand)
+            return dh if self.need.dh else None
+        if not self.need.dh:
+            return None
+        weight = stacking.as_rows([seg.weight for seg in segments])
+        dy = None if weight is None else stacking.as_columns(dys)
+        if dy is not None:
+            return kernels.lowrank_gemm_dx(dy, weight)
+        dh = None
+        for seg, dy in zip(segments, dys, strict=True):
+            dh = kernels.lowrank_gemm_dx(dy, seg.weight, into=dh)
+        return dh
+
+    def _prologue(self, dh: Tensor | None, dcarry: Tensor | None) -> tuple[PrologueGrads, list[Tensor | None]]:
+        """The prologue's gradients with the low-rank parts of dh added, and dD by inner branch."""
+        call, need, x = self.call, self.need, self.call.x
+        if dh is None and not self.groups:
+            return PrologueGrads((dcarry, *(None,) * (len(x) - 1)), None, None, []), [None] * len(self.inner)
+        low_rank, ddown_wanted = [], []
+        for group in self.groups:
+            low_rank.append((group.low_rank, stacking.columns([self.da[i] for i in group.members])))
+            ddown_wanted.append(any(self.wanted[i].down for i in group.members))
+        beside = len(x) == 2 and all(need.x) and stacking.as_columns(x) is not None
+        grads = self.kernels.prologue_backward(
+            _prologue_spec(call), dh, x, self.kept.rstd, low_rank=low_rank, ddown_wanted=ddown_wanted,
+            need_dx=need.x, need_dgain=need.gain, need_din_scale=need.in_scale,
+            dresidual=dcarry if need.x[0] else None, dx_out=stacking.empty_columns(x) if beside else None,
+        )  # fmt: skip
+        ddowns: list[Tensor | None] = [None] * len(self.inner)
+        for group, ddown in zip(self.groups, grads.ddowns, strict=True):
+            for i, part in group.split(ddown, self.inner, 0):
+                ddowns[i] = part if self.wanted[i].down else None
+        return grads, ddowns
+
+
+def backward(kernels, call: Call, need: Needs, kept: Kept, dys: Sequence[Tensor], dcarry: Tensor | None) -> Grads:
+    """Every gradient that `need` asks for, from dy [M, N_i] of the segments and the gradient dcarry [M, K] that x
+    gets from elsewhere."""
+    return _Backward(kernels, call, need, kept).run(dys, dcarry)

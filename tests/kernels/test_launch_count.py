@@ -1,0 +1,78 @@
+"""How many kernels a decoder layer launches on the Triton provider, counted on meta tensors without running any."""
+
+from collections import Counter
+
+import pytest
+import torch
+import triton
+from mmpeft_kernels.launches import recorded
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mmpeft_fast import LoRA, add_peft, fuse, provider
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is recorded")
+
+# Ops that launch nothing: views and allocations.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
+_FREE |= {"view", "_unsafe_view", "reshape", "transpose", "t", "expand", "unsqueeze", "squeeze", "slice", "select"}
+_FREE |= {"split", "split_with_sizes", "as_strided", "permute", "unbind", "_reshape_alias", "set_"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches inside by name: recorded Triton kernels, and every op of torch that does work."""
+
+    def __init__(self):
+        super().__init__()
+        self.torch, self.triton = Counter(), []
+
+    def __enter__(self):
+        self._recording = recorded(self.triton)
+        self._recording.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._recording.__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in _FREE:
+            self.torch[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> Counter:
+        return self.torch + Counter(launch["kernel"] for launch in self.triton)
+
+
+def decoder_layer(method, dtype=torch.bfloat16):
+    """The first of two fused decoder layers of LLaMA-7B's shape on meta, in training."""
+    text = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32, vocab_size=128
+    )
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).to(dtype)
+    return fuse(add_peft(model, method)).train().model.language_model.layers[0]
+
+
+def count(layer, dtype=torch.bfloat16):
+    x = torch.empty(4, 1024, 4096, dtype=dtype, device="meta", requires_grad=True)
+    angles = torch.empty(1, 1024, 128, dtype=dtype, device="meta")
+    forward, backward = Launches(), Launches()
+    with provider("triton"):
+        with forward:
+            y = layer(x, position_embeddings=(angles, angles))
+        with backward:
+            y.backward(torch.empty_like(y))
+    return forward.names, backward.names
+
+
+def test_lora_on_all_linears_with_dropout():
+    layer = decoder_layer(LoRA(r=16, alpha=32, dropout=0.05))
+    count(layer)  # tables of segments are made once for each shape
+    layer.zero_grad()
+    forward, backward = count(layer)
+    assert forward.total() <= 14, forward
+    assert backward.total() <= 26, backward
