@@ -146,6 +146,7 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
         attn, mlp = layer.self_attn, layer.mlp
         stack_linears([attn.q_proj, attn.k_proj, attn.v_proj], owned)
         stack_linears([mlp.gate_proj, mlp.up_proj], owned)
+        stack_linears([mlp.down_proj], owned)
         swap_class(layer, FusedDecoderLayer)
     layers[-1].is_tail = True
     swap_class(decoder.norm, FusedRMSNorm)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.sites import read_linear
-from mmpeft_fast.ops import stacking
+from mmpeft_fast.ops import dispatch, layout, stacking
+from mmpeft_fast.ops.segments import Segment
 
 
 def owners(model: nn.Module) -> Counter:
@@ -31,10 +32,11 @@ def _is_movable(tensor: Tensor, owned: Counter) -> bool:
     return owned[storage._cdata] == 1 and storage.nbytes() == tensor.numel() * tensor.element_size()
 
 
-def stack_rows(tensors: Sequence[Tensor], owned: Counter) -> bool:
+def stack_rows(tensors: Sequence[Tensor], owned: Counter, *, spare: int = 0) -> bool:
     """Makes tensors [N_i, ...] rows of one new buffer, in place; False, and nothing moved, where one may not be moved.
 
-    owned: as `owners` gives it; brought up to date.
+    owned: as `owners` gives it; brought up to date. spare: columns that the buffer has behind matrices [N_i, K], for
+    the layout realisation (`ops.layout`).
     """
     first = tensors[0]
     alike = all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype and t.device == first.device for t in tensors)
@@ -42,18 +44,22 @@ def stack_rows(tensors: Sequence[Tensor], owned: Counter) -> bool:
         return False
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         return False
-    buffer = torch.cat([tensor.detach() for tensor in tensors])
-    for tensor, rows in zip(tensors, buffer.split([tensor.shape[0] for tensor in tensors]), strict=True):
+    if spare:
+        buffer = first.new_zeros(sum(tensor.shape[0] for tensor in tensors), first.shape[1] + spare)
+        rows = buffer[:, : first.shape[1]]
+        torch.cat([tensor.detach() for tensor in tensors], out=rows)
+    else:
+        buffer = rows = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, rows.split([tensor.shape[0] for tensor in tensors]), strict=True):
         owned[tensor.untyped_storage()._cdata] -= 1
-        tensor.data = rows
+        tensor.data = part
+        layout.mark(tensor, spare)
     owned[buffer.untyped_storage()._cdata] = len(tensors)
     return True
 
 
-def _together(linears: Sequence[nn.Module]) -> Iterable[list[Tensor]]:
-    """The groups of tensors that one launch reads together: weights, biases, then down and up of each branch."""
-    segments = [read_linear(linear).segment for linear in linears]
-    yield [segment.weight for segment in segments]
+def _adapters(segments: Sequence[Segment]) -> Iterable[list[Tensor]]:
+    """What one launch reads together besides the weights: biases, then down and up of each branch."""
     yield [segment.bias for segment in segments]
     if len({len(segment.branches) for segment in segments}) == 1:
         for branches in zip(*(segment.branches for segment in segments), strict=True):
@@ -61,8 +67,25 @@ def _together(linears: Sequence[nn.Module]) -> Iterable[list[Tensor]]:
             yield [branch.up for branch in branches]
 
 
+def _spare(segments: Sequence[Segment]) -> int:
+    """Columns to keep behind the weights for U, 16-byte aligned; 0 where another realisation is the better one."""
+    weight = segments[0].weight
+    ranks = [branch.down.shape[0] for segment in segments for branch in segment.branches]
+    num_out = sum(segment.weight.shape[0] for segment in segments)
+    if not ranks or any(branch.position != "parallel" for segment in segments for branch in segment.branches):
+        return 0
+    if not dispatch.wants_layout(weight.device, weight.dtype, num_out, weight.shape[1], max(ranks)):
+        return 0
+    aligned = 16 // weight.element_size()
+    return -(-sum(ranks) // aligned) * aligned
+
+
 def stack_linears(linears: Sequence[nn.Module], owned: Counter) -> None:
     """Stacks weights, biases and branches of linear sites that share an input, group by group where that is allowed."""
-    for group in _together(linears):
+    segments = [read_linear(linear).segment for linear in linears]
+    weights, spare = [segment.weight for segment in segments], _spare(segments)
+    if spare > layout.spare_columns(weights[0]) or stacking.as_rows(weights) is None:
+        stack_rows(weights, owned, spare=spare)
+    for group in _adapters(segments):
         if all(tensor is not None for tensor in group) and stacking.as_rows(group) is None:
             stack_rows(group, owned)

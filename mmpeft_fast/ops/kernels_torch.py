@@ -44,16 +44,24 @@ def _inverse_keep(mask: Mask | None) -> float:
 
 
 def _prologue_h(
-    spec: PrologueSpec, x: tuple[Tensor, ...], rstd: Tensor | None, activated: Tensor | None = None
+    spec: PrologueSpec,
+    x: tuple[Tensor, ...],
+    rstd: Tensor | None,
+    activated: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """h and rstd; `activated` is silu(gate) where it is known already."""
+    """h and rstd; `activated` is silu(gate) where it is known already; out: where h goes, if that is given."""
+    last = out if spec.in_scale is None else None
     if spec.name == "rms_norm":
-        h, rstd = rms_norm_forward(x[0], spec.gain, spec.eps, rstd)
+        h, rstd = rms_norm_forward(x[0], spec.gain, spec.eps, rstd, out=last)
     elif spec.name == "swiglu":
-        h = torch.nn.functional.silu(x[0]).mul_(x[1]) if activated is None else activated * x[1]
+        silu = torch.nn.functional.silu(x[0]) if activated is None else activated
+        h = torch.mul(silu, x[1], out=silu if last is None and activated is None else last)
     else:
-        h = x[0]
-    return (h if spec.in_scale is None else (h * spec.in_scale).to(h.dtype)), rstd
+        h = x[0] if last is None else last.copy_(x[0])
+    if spec.in_scale is not None:
+        h = (h * spec.in_scale).to(h.dtype) if out is None else torch.mul(h, spec.in_scale, out=out)
+    return h, rstd
 
 
 def prologue(
@@ -63,6 +71,7 @@ def prologue(
     *,
     rstd: Tensor | None = None,
     need_h: bool = True,
+    h_out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """h = prologue(x) and a = drop(h) D^T, the dropout's 1 / keep included.
 
@@ -70,11 +79,12 @@ def prologue(
         x: one [M, K] tensor, two (gate, up) for swiglu.
         rstd: [M, 1] of rms_norm, used instead of computed.
         need_h: False where only a is wanted.
+        h_out: [M, K], where h goes (columns of a wider buffer, say).
 
     Returns:
         h [M, K], which may be x itself; rstd [M, 1] of rms_norm, else None; a [M, R], None without `low_rank`.
     """
-    h, rstd = _prologue_h(spec, x, rstd)
+    h, rstd = _prologue_h(spec, x, rstd, out=h_out)
     a = None
     if low_rank is not None:
         down, mask = low_rank

@@ -18,10 +18,10 @@ from mmpeft_kernels import rotary as rotary_kernel
 from mmpeft_kernels.ddown import ddown
 from mmpeft_kernels.dy_pass import dy_pass as dy_pass_launch
 from mmpeft_kernels.segments import SegmentShape
-from mmpeft_kernels.tile import architecture
+from mmpeft_kernels.tile import Tile, architecture
 from torch import Tensor
 
-from mmpeft_fast.ops import kernels_torch, stacking
+from mmpeft_fast.ops import dispatch, kernels_torch, stacking
 from mmpeft_fast.ops.dropout import keep_bits
 from mmpeft_fast.ops.kernel_set import HeadTransform, LowRank, Mask, PrologueGrads, PrologueSpec, Rotation, Term
 
@@ -48,6 +48,12 @@ def _prologue_options(spec: PrologueSpec) -> dict:
     return {"name": spec.name, "gain": spec.gain, "in_scale": spec.in_scale}
 
 
+def _tile(kernel: str, x: Tensor, **sizes: int) -> Tile | None:
+    """The measured tile of a kernel, None for its default."""
+    fields = dispatch.tile_fields(kernel, x, **sizes)
+    return None if fields is None else Tile(**fields)
+
+
 def prologue(
     spec: PrologueSpec,
     x: tuple[Tensor, ...],
@@ -55,12 +61,15 @@ def prologue(
     *,
     rstd: Tensor | None = None,
     need_h: bool = True,
+    h_out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `kernels_torch.prologue`; a known rstd is computed again with the rest of the row."""
     down, mask = (None, None) if low_rank is None else low_rank
+    tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
     h, rstd, a, _ = prologue_kernel.prologue(
-        *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h
-    )
+        *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,
+        tile=tile,
+    )  # fmt: skip
     return h, None if rstd is None else rstd[:, None], a
 
 
@@ -83,9 +92,11 @@ def prologue_backward(
     options = _prologue_options(spec)
     ddowns: list[Tensor | None] = []
     for ((down, mask), da), wanted in zip(low_rank, ddown_wanted, strict=True):
-        ddowns.append(
-            ddown(da, *x, out_dtype=down.dtype, rstd=rstd, **options, **_mask_options(mask)) if wanted else None
-        )
+        if not wanted:
+            ddowns.append(None)
+            continue
+        tile = _tile("ddown", da, m=da.shape[0], k=down.shape[1], r=down.shape[0])
+        ddowns.append(ddown(da, *x, out_dtype=down.dtype, rstd=rstd, tile=tile, **options, **_mask_options(mask)))
     if dh is None:
         return PrologueGrads((None,) * len(x), None, None, ddowns)
     for (down, mask), da in low_rank[1:]:
@@ -98,6 +109,7 @@ def prologue_backward(
     grads = prologue_backward_kernel.prologue_backward(
         dh, *x, **options, **product, **outs, rstd=rstd, dresidual=dresidual, need_dx=need_dx[0], need_dup=need_dx[-1],
         need_dgain=need_dgain, need_din_scale=need_din_scale,
+        tile=_tile("prologue_backward", dh, m=dh.shape[0], k=dh.shape[1], r=product["da"].shape[1] if product else 0),
     )  # fmt: skip
     return PrologueGrads((grads.dx, grads.dup)[: len(x)], grads.dgain, grads.din_scale, ddowns)
 
@@ -116,25 +128,50 @@ def _in_one_launch(terms: Sequence[Term], num_out: int) -> dict | None:
     }
 
 
-def _gemm_tile(segments: Sequence[SegmentShape] | None, *operands: Tensor | None) -> gemm.GemmTile:
-    x, arch = operands[0], architecture(operands[0].device)
-    use_tma = isinstance(arch, int) and arch >= 90 and all(t is None or gemm.can_use_tma(t) for t in operands)
-    tile = gemm.default_tile(arch, x.element_size(), use_tma=use_tma)
-    if tile.use_tma and any(segment.num_out % tile.block_n for segment in (segments or ())[:-1]):
-        tile = gemm.default_tile(arch, x.element_size(), use_tma=False)
-    return tile
+def _gemm_tile(direction: str, x: Tensor, operands: Sequence[Tensor | None], segments, rank: int) -> gemm.GemmTile:
+    """The measured tile where there is one, else the default that the operands can take."""
+    num_out = operands[1].shape[1]  # out
+    fields = dispatch.tile_fields(f"lowrank_gemm {direction}", x, m=x.shape[0], n=num_out, k=x.shape[1], r=rank)
+    arch = architecture(x.device)
+    aligned = isinstance(arch, int) and arch >= 90 and all(t is None or gemm.can_use_tma(t) for t in (x, *operands))
+    for tile in (
+        *(() if fields is None else (gemm.GemmTile(**fields),)),
+        gemm.default_tile(arch, x.element_size(), use_tma=aligned),
+    ):
+        whole = not any(segment.num_out % tile.block_n for segment in (segments or ())[:-1])
+        if not tile.use_tma or (aligned and whole):
+            return tile
+    return gemm.default_tile(arch, x.element_size(), use_tma=False)
+
+
+def _run_gemm(direction: str, x, weight, out, *, bias=None, residual=None, **low_rank) -> Tensor:
+    """Gluon's kernel where it was measured as the fastest and can take the operands, else the plain one."""
+    segments, z = low_rank.get("segments"), low_rank.get("z")
+    rank = 0 if z is None else max(segment.rank for segment in segments)
+    tile = _gemm_tile(direction, x, (weight, out, residual), segments, rank)
+    launch, transposed = gemm.lowrank_gemm, direction == "fwd"
+    if tile.use_tma and dispatch.gemm_realisation(x, out.shape[1], rank, direction=direction) == "gluon":
+        from mmpeft_kernels import lowrank_gemm_gluon
+
+        launch = lowrank_gemm_gluon.lowrank_gemm
+        if z is not None:
+            low_rank["u"] = low_rank["u"].to(x.dtype)
+    return launch(x, weight, tile=tile, transposed=transposed, bias=bias, residual=residual, out=out, **low_rank)
 
 
 def lowrank_gemm(
     x: Tensor, weight: Tensor, terms: Sequence[Term] = (), *, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """As `kernels_torch.lowrank_gemm`; terms that one launch cannot take are added after it."""
+    """As `kernels_torch.lowrank_gemm`; terms that one launch cannot take are added after it. Where the device's table
+    says that the library's GEMM is faster, that runs."""
+    num_out = weight.shape[0]
+    rank = max((term.up.shape[1] for term in terms), default=0)
     if not x.shape[0]:
-        return x.new_empty(0, weight.shape[0])
-    together = _in_one_launch(terms, weight.shape[0])
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    tile = _gemm_tile(together and together["segments"], x, weight, out, residual)
-    y = gemm.lowrank_gemm(x, weight, tile=tile, bias=bias, residual=residual, out=out, **(together or {}))
+        return x.new_empty(0, num_out)
+    if dispatch.gemm_realisation(x, num_out, rank, direction="fwd") in ("composite", "layout"):
+        return kernels_torch.lowrank_gemm(x, weight, terms, bias=bias, residual=residual)
+    together = _in_one_launch(terms, num_out)
+    y = _run_gemm("fwd", x, weight, x.new_empty(x.shape[0], num_out), bias=bias, residual=residual, **(together or {}))
     for term in () if together else terms:
         y[:, term.start : term.stop].addmm_(term.z, term.up.to(y.dtype).t(), alpha=term.scaling)
     return y
@@ -142,9 +179,10 @@ def lowrank_gemm(
 
 def lowrank_gemm_dx(dy: Tensor, weight: Tensor, *, into: Tensor | None = None) -> Tensor:
     """As `kernels_torch.lowrank_gemm_dx`."""
+    if dispatch.gemm_realisation(dy, weight.shape[1], 0, direction="dx") in ("composite", "layout"):
+        return kernels_torch.lowrank_gemm_dx(dy, weight, into=into)
     out = dy.new_empty(dy.shape[0], weight.shape[1]) if into is None else into
-    tile = _gemm_tile(None, dy, weight, out)
-    return gemm.lowrank_gemm(dy, weight, tile=tile, transposed=False, residual=into, out=out)
+    return _run_gemm("dx", dy, weight, out, residual=into)
 
 
 def dy_pass(
@@ -180,7 +218,7 @@ def _dy_pass(dys, a, ups, dy, scaling, activation, need_da, need_dup):
     segments = [SegmentShape(up.shape[0], up.shape[1]) for up in ups]
     da, dup = dy_pass_launch(
         dy, stacking.columns(a), stacking.rows(ups), segments=segments, scaling=scaling, activation=activation,
-        need_da=need_da, need_du=need_dup,
+        need_da=need_da, need_du=need_dup, tile=_tile("dy_pass", dy, m=dy.shape[0], n=dy.shape[1], r=ups[0].shape[1]),
     )  # fmt: skip
     none = [None] * len(ups)
     return (

@@ -18,13 +18,18 @@ def rms_norm_ref(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return (gain * normalised.to(x.dtype)).to(x.dtype)
 
 
-def rms_norm_forward(x: Tensor, gain: Tensor, eps: float, rstd: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y [..., K] and rstd [..., 1] in the accumulation dtype; a known `rstd` is used instead of computed."""
+def rms_norm_forward(
+    x: Tensor, gain: Tensor, eps: float, rstd: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y [..., K], in `out` where given, and rstd [..., 1] in the accumulation dtype; a known `rstd` is used instead of
+    computed."""
     wide = x.to(accumulate_dtype(x.dtype))
     if rstd is None:
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = (wide * rstd).to(x.dtype)
+    if out is not None:
+        return torch.mul(y, gain, out=out), rstd
     # A gain of the same dtype can be applied in place; a wider one (fp32 norms over a bf16 model) cannot.
     return (y.mul_(gain) if gain.dtype == y.dtype else (y * gain).to(x.dtype)), rstd
 

@@ -1,7 +1,4 @@
-"""Which implementation runs an op: the torch provider, unless another one is asked for.
-
-A provider becomes the default of a device only once committed measurements on that device show it correct and faster.
-"""
+"""Which kernel set runs an op: the device's best proven one (`ops.dispatch`), unless `provider` asks for another."""
 
 import contextlib
 import functools
@@ -12,11 +9,12 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from mmpeft_fast.ops import kernels_torch
+from mmpeft_fast.ops import csrc, dispatch, kernels_torch
 
-PROVIDERS = ("torch", "triton")
+PROVIDERS = ("torch", "cpu", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("mmpeft_fast_provider", default=None)
 _logger = logging.getLogger(__name__)
@@ -33,8 +31,9 @@ def provider(name: str) -> Iterator[None]:
     """
     if name not in PROVIDERS:
         raise ValueError(f"provider: expected one of {list(PROVIDERS)}, got {name!r}")
-    if name == "triton" and not triton_is_installed():
-        raise ValueError("provider: expected an installed one, got 'triton'; run: pip install triton")
+    reason = why_not_installed(name)
+    if reason is not None:
+        raise ValueError(f"provider: expected an installed one, got {name!r}; {reason}")
     token = _forced.set(name)
     try:
         yield
@@ -42,19 +41,30 @@ def provider(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def chosen_provider() -> str:
-    return _forced.get() or "torch"
+def forced_provider() -> str | None:
+    return _forced.get()
+
+
+def why_not_installed(name: str) -> str | None:
+    """What is missing for a provider, or None."""
+    if name == "cpu":
+        return csrc.why_unavailable()
+    if name == "triton" and any(importlib.util.find_spec(part) is None for part in ("triton", "mmpeft_kernels")):
+        return "run: pip install triton"
+    return None
 
 
 def kernel_set(op: str, x: Tensor) -> ModuleType:
-    """The module whose kernels run `op` on a tensor like x: the chosen provider's, or torch's where it cannot."""
-    name = chosen_provider()
+    """The module whose kernels run `op` on a tensor like x."""
+    forced = _forced.get()
+    name = forced or dispatch.default_provider(op, x)
     if name != "torch":
         module = importlib.import_module(f"mmpeft_fast.ops.kernels_{name}")
         reason = module.unsupported(x)
         if reason is None:
             return module
-        log_fallback(op, name, reason)
+        if forced:
+            log_fallback(op, name, reason)
     return kernels_torch
 
 
@@ -64,14 +74,7 @@ def log_fallback(op: str, name: str, reason: str) -> None:
     _logger.warning("%s: the %s provider cannot run %s; the torch provider does", op, name, reason)
 
 
-def triton_is_installed() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "mmpeft_kernels"))
-
-
-def provider_report() -> list[tuple[str, str, str]]:
-    """(op, provider, reason) for every op of the kernel set."""
-    plain = "plain PyTorch with a hand-written backward"
-    waiting = f"{plain}; provider('triton') is unproven: no GPU measurement is committed"
-    reasons = {"fused_linear": waiting if triton_is_installed() else plain}
-    names = ("fused_linear", "attention", "rms_norm", "linear_cross_entropy", "dropout")
-    return [(name, "torch", reasons.get(name, plain)) for name in names]
+def provider_report(device: torch.device | str = "cpu") -> list[tuple[str, str, str]]:
+    """(op, provider, reason) for every op on a device, with calls of many rows."""
+    device = torch.device(device)
+    return [(op, *dispatch.choose(op, device)) for op in dispatch.OPS]

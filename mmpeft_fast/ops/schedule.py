@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmpeft_fast.ops import stacking
+from mmpeft_fast.ops import layout, stacking
 from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.dispatch import SMALL_M
 from mmpeft_fast.ops.fused_call import (
     Call,
     CallBranch,
@@ -96,7 +97,10 @@ def forward(kernels, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
     """The outputs [M, N_i] of the segments, and what `backward` needs."""
     inner = _inner(call)
     groups = _groups(inner, call.seed)
-    h, rstd, a_group = kernels.prologue(_prologue_spec(call), call.x, groups[0].low_rank if groups else None)
+    stacked = _stacked(call.segments)
+    joint = None if stacked is None else _joint(call, stacked[0], inner, groups)
+    place = {} if joint is None else {"h_out": joint.h}
+    h, rstd, a_group = kernels.prologue(_prologue_spec(call), call.x, groups[0].low_rank if groups else None, **place)
     a: list[Tensor | None] = [None] * len(inner)
     for group in groups:
         if group is not groups[0]:
@@ -104,23 +108,43 @@ def forward(kernels, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
         for i, part in group.split(a_group, inner, 1):
             a[i] = part
     kept = Kept(rstd if need.kept_x else None, a, [], [], [])
-    stacked = _stacked(call.segments)
     if stacked is not None:
-        return _stacked_outputs(kernels, call, h, a, *stacked), kept
+        return _stacked_outputs(kernels, call, h, a, joint, *stacked), kept
     remaining, outputs = iter(a), []
     for seg, wants in zip(call.segments, need.segments, strict=True):
         outputs.append(_output(kernels, call, seg, wants, h, [next(remaining) for _ in seg.inner], kept))
     return outputs, kept
 
 
-def _stacked_outputs(kernels, call: Call, h: Tensor, a: Sequence[Tensor], weight: Tensor, bias: Tensor | None):
+def _joint(call: Call, weight: Tensor, inner: Sequence[CallBranch], groups: Sequence[_Group]) -> layout.Joint | None:
+    """Buffers of the layout realisation, where the weight has the columns and the prologue writes h anyway."""
+    spare = layout.spare_columns(call.segments[0].weight)
+    num_rows, rank = call.x[0].shape[0], sum(branch.down.shape[0] for branch in inner)
+    writes_h = call.spec.prologue != "none" or call.in_scale is not None
+    if len(groups) != 1 or not writes_h or not rank <= spare or num_rows < SMALL_M:
+        return None
+    return layout.joint(weight, spare, num_rows)
+
+
+def _stacked_outputs(
+    kernels,
+    call: Call,
+    h: Tensor,
+    a: Sequence[Tensor],
+    joint: layout.Joint | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[Tensor]:
     terms, widths, remaining = [], [seg.weight.shape[0] for seg in call.segments], iter(a)
     start = 0
     for seg, width in zip(call.segments, widths, strict=True):
         a_seg = [next(remaining) for _ in seg.inner]
         terms += _terms(seg.inner, a_seg, "parallel", start, start + width)
         start += width
-    y = kernels.lowrank_gemm(h, weight, terms, bias=bias, residual=call.residual)
+    if joint is None:
+        y = kernels.lowrank_gemm(h, weight, terms, bias=bias, residual=call.residual)
+    else:
+        y = layout.multiply(joint, terms, bias=bias, residual=call.residual)
     return [y] if len(widths) == 1 else list(y.split(widths, dim=1))
 
 
