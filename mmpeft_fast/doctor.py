@@ -46,19 +46,26 @@ def diagnosis() -> dict:
 
     Returns:
         keys `versions`, `cuda` (version torch was built with, or None), `compilers` (name -> path or None), `threads`,
-        `devices` (each with `name`, `type`, `memory_bytes`) and `providers` (each with `op`, `provider`, `reason`).
+        `devices` (each with `name`, `type`, `memory_bytes`), `providers` (what runs by default: each with `device`,
+        `op`, `provider`, `reason`) and `available_providers` (what `mmpeft_fast.provider` takes, and its state).
     """
     import torch
 
-    from mmpeft_fast.ops import provider_report
+    from mmpeft_fast.ops import available_providers, provider_report
 
+    devices = _devices()
     return {
         "versions": versions(),
         "cuda": torch.version.cuda,
         "compilers": {name: shutil.which(name) for name in ("c++", "nvcc")},
         "threads": torch.get_num_threads(),
-        "devices": _devices(),
-        "providers": [{"op": op, "provider": provider, "reason": reason} for op, provider, reason in provider_report()],
+        "devices": devices,
+        "providers": [
+            {"device": device["type"], "op": op, "provider": provider, "reason": reason}
+            for device in devices
+            for op, provider, reason in provider_report(device["type"])
+        ],
+        "available_providers": dict(available_providers()),
     }
 
 
@@ -105,8 +112,10 @@ def _table(report: dict) -> str:
         + [("threads", str(report["threads"])), ("CUDA", report["cuda"] or "torch was built without it")]
         + [(name, path or "not found (not needed)") for name, path in report["compilers"].items()]
     )
-    lines += ["", "Providers"]
-    lines += _columns([(row["op"], row["provider"], row["reason"]) for row in report["providers"]])
+    lines += ["", "Providers, by default"]
+    lines += _columns([(row["device"], row["op"], row["provider"], row["reason"]) for row in report["providers"]])
+    lines += ["", "Providers that mmpeft_fast.provider(name) takes"]
+    lines += _columns(list(report["available_providers"].items()))
     return "\n".join(lines)
 
 

@@ -84,7 +84,10 @@ def test_doctor_tells_versions_devices_and_providers(capsys):
     assert report["versions"]["mmpeft-fast"] == __version__
     assert report["versions"]["python"] == sys.version.split()[0]
     assert report["devices"][0]["type"] == "cpu" and report["devices"][0]["memory_bytes"] > 2**20
-    assert report["providers"] and all(row.keys() == {"op", "provider", "reason"} for row in report["providers"])
+    assert report["providers"] and all(
+        row.keys() == {"device", "op", "provider", "reason"} for row in report["providers"]
+    )
+    assert report["available_providers"]["torch"] == "installed"
 
     assert cli.main(["doctor"]) == 0
     table = capsys.readouterr().out

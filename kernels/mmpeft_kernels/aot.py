@@ -15,16 +15,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TABLE = Path(__file__).with_name("resources.json")
-# Bytes of shared memory that one block may have, by compute capability (CUDA programming guide, table of limits).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_WARP_SIZE = 32
+# Bytes of shared memory that one block may have: by compute capability (CUDA programming guide, table of limits), and
+# the local data share of a CDNA 3 workgroup (its instruction set manual).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+_MATRIX_INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma", "v_mfma_": "mfma"}
 
 
 def kernel_of(name: str):
@@ -33,43 +36,63 @@ def kernel_of(name: str):
     return getattr(importlib.import_module(f"mmpeft_kernels.{module}"), function)
 
 
-def compile_launch(launch: dict) -> dict:
-    """Compiles one record of the table and returns its resources.
-
-    registers a thread, spilled bytes a thread, shared bytes a block, the matrix instructions (wgmma, tcgen05, mma or
-    none) and whether tensor memory access is used.
-    """
+def compiled(launch: dict):
+    """Triton's compiled kernel for one record of the table."""
     kernel = kernel_of(launch["kernel"])
     position = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         signature=launch["signature"],
         constexprs={(position[name],): value for name, value in launch["constants"].items()},
         attrs={(position[name],): [["tt.divisibility", 16]] for name in launch["aligned"]},
     )
-    target = GPUTarget("cuda", launch["arch"], _WARP_SIZE)
-    compiled = triton.compile(source, target=target, options=launch["options"])
-    ptx = compiled.asm["ptx"]
-    instructions = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
-    registers, spilled = _registers(compiled.asm["cubin"])
+    is_amd = isinstance(launch["arch"], str)
+    target = GPUTarget("hip", launch["arch"], 64) if is_amd else GPUTarget("cuda", launch["arch"], 32)
+    return triton.compile(source, target=target, options=launch["options"])
+
+
+def compile_launch(launch: dict) -> dict:
+    """Compiles one record of the table and returns its resources.
+
+    registers a thread, spilled bytes a thread, shared bytes a block, the matrix instructions (wgmma, tcgen05, mma,
+    mfma or none) and whether tensor memory access is used.
+    """
+    kernel = compiled(launch)
+    is_amd = "amdgcn" in kernel.asm
+    assembly = kernel.asm["amdgcn" if is_amd else "ptx"]
+    registers, spilled = _amd_registers(assembly) if is_amd else _nvidia_registers(kernel.asm["cubin"])
     return {
         "registers": registers,
         "spilled_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
-        "matrix_instructions": instructions[0].split(".")[0] if instructions else "none",
-        "tma": "cp.async.bulk.tensor" in ptx,
+        "shared_bytes": kernel.metadata.shared,
+        "matrix_instructions": next((kind for text, kind in _MATRIX_INSTRUCTIONS.items() if text in assembly), "none"),
+        "tma": "cp.async.bulk.tensor" in assembly,
     }
 
 
-def _registers(cubin: bytes) -> tuple[int, int]:
+def _amd_registers(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch memory (where spills go) a thread, from the kernel's metadata."""
+    fields = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    return int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
+
+
+def _nvidia_registers(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory (where spills go) a thread."""
+    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dumped(cubin, "--dump-resource-usage")))
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def sass(cubin: bytes) -> str:
+    """The machine code of a compiled NVIDIA kernel."""
+    return _dumped(cubin, "--dump-sass")
+
+
+def _dumped(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+        command = [str(_cuobjdump()), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _cuobjdump() -> Path:
@@ -139,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mmpeft_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("launches", "compile", "check"))
     parser.add_argument("--only", default="", help="compile launches whose name contains this (check only)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (compile only)")
     options = parser.parse_args(arguments)
     if options.command == "launches":
         from mmpeft_kernels.launches import record_launches
@@ -150,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = check(options.only)
     else:
         table = read_table()
-        rows = {name: compile_launch(launch) for name, launch in table["launches"].items()}
+        with ProcessPoolExecutor(options.jobs) as pool:
+            rows = dict(zip(table["launches"], pool.map(compile_launch, table["launches"].values()), strict=True))
         write_table({**table, "resources": {**table["resources"], triton.__version__: rows}})
         found = [f"{name}: {fault}" for name, row in rows.items() for fault in faults(table["launches"][name], row)]
     print("\n".join(found) or "ok")

@@ -2,8 +2,9 @@
 
     a = D drop(h), z = f(a):   da = s (dy_i U_i) * f'(a)  [M, R],   dU_i = s dy_i^T z  [N, R]
 
-A program owns a column tile and a chunk of rows. Partial sums over column tiles (da) and over chunks (dU) are added
-in a fixed order: no atomics. The partials of da cost M R N / block_n values, so a large R is better off with two GEMMs.
+A program owns a column tile and a chunk of rows. A second launch adds the partial sums over column tiles (da) and over
+chunks (dU) in a fixed order: no atomics. The partials of da cost M R N / block_n values, so a large R is better off
+with two GEMMs.
 """
 
 from collections.abc import Sequence
@@ -13,23 +14,25 @@ import triton
 import triton.language as tl
 
 from mmpeft_kernels.activations import activate, activation_derivative
-from mmpeft_kernels.reduction import sum_partials
+from mmpeft_kernels.reduction import DEFAULT_TILE as SUM_TILE
+from mmpeft_kernels.reduction import sum_block
 from mmpeft_kernels.row_chunks import num_multiprocessors, rows_per_chunk
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles, segment_tiles
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Ranks of one program; beyond it dy is read once more for each block.
 MAX_BLOCK_R = 128
-_REDUCTION_TILE = Tile(block_m=32, block_n=32)
+_FINISH_TILE = Tile(block_m=32, block_n=32)
 
 
-def default_tile(rank: int, itemsize: int) -> Tile:
+def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
     """Blocks for branches of `rank`: both accumulators, [block_n, rank] and [block_m, rank], stay in registers."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=64 if padded_rank(rank) <= 64 else 32, num_warps=4, num_stages=2)
     if padded_rank(rank) <= 32:
         return Tile(block_m=64, block_n=256, num_warps=8, num_stages=2)
-    return Tile(block_m=64, block_n=128, num_warps=8, num_stages=2)
+    num_warps = 4 if padded_rank(rank) > 64 and isinstance(arch, str) else 8  # AMD: 64 threads a warp
+    return Tile(block_m=64, block_n=128, num_warps=num_warps, num_stages=2)
 
 
 @triton.jit
@@ -76,28 +79,35 @@ def _dy_pass_kernel(
         tl.store(out, du, mask=mask_n[:, None] & (offs_r < R)[None, :])
 
 
-@triton.jit
-def _da_kernel(
-    dz_ptr, a_ptr, segments_ptr, da_ptr, M, R, stride_am, stride_dam, scaling,
+@triton.jit(do_not_specialize=["num_segments", "num_blocks_r", "num_da_programs", "num_chunks"])
+def _finish_kernel(
+    dz_ptr, a_ptr, segments_ptr, da_ptr, du_partial_ptr, du_ptr,
+    M, R, num_segments, num_blocks_r, num_da_programs, num_chunks, du_size, stride_am, stride_dam, scaling,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """da = s f'(a) times the sum of a segment's partials."""
-    entry = segments_ptr + tl.program_id(1) * 4
-    first_tile, end_tile = tl.load(entry), tl.load(entry + 1)
-    first_rank, end_rank = tl.load(entry + 2), tl.load(entry + 3)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask = (offs_m < M)[:, None] & (first_rank + offs_r < end_rank)[None, :]
-    dz = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for tile_idx in range(first_tile, end_tile):
-        rows = tl.cast(tile_idx, tl.int64) * M + offs_m
-        dz += tl.load(dz_ptr + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
-    columns = (first_rank + offs_r)[None, :]
-    da = (dz * scaling).to(da_ptr.dtype.element_ty)
-    if ACTIVATION != "identity":
-        a = tl.load(a_ptr + offs_m[:, None] * stride_am + columns, mask=mask, other=0.0).to(tl.float32)
-        da = (da.to(tl.float32) * activation_derivative(a, ACTIVATION)).to(da.dtype)
-    tl.store(da_ptr + offs_m[:, None] * stride_dam + columns, da, mask=mask)
+    """The first programs finish da, s f'(a) times the sum over a segment's column tiles; the others sum dU's chunks."""
+    pid = tl.program_id(0)
+    if pid < num_da_programs:
+        if dz_ptr is not None:
+            entry = segments_ptr + pid // num_blocks_r % num_segments * 4
+            first_tile, end_tile = tl.load(entry), tl.load(entry + 1)
+            first_rank, end_rank = tl.load(entry + 2), tl.load(entry + 3)
+            offs_m = (pid // (num_blocks_r * num_segments)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            offs_r = pid % num_blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+            mask = (offs_m < M)[:, None] & (first_rank + offs_r < end_rank)[None, :]
+            dz = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            for tile_idx in range(first_tile, end_tile):
+                rows = tl.cast(tile_idx, tl.int64) * M + offs_m
+                dz += tl.load(dz_ptr + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
+            columns = (first_rank + offs_r)[None, :]
+            da = (dz * scaling).to(da_ptr.dtype.element_ty)
+            if ACTIVATION != "identity":
+                a = tl.load(a_ptr + offs_m[:, None] * stride_am + columns, mask=mask, other=0.0).to(tl.float32)
+                da = (da.to(tl.float32) * activation_derivative(a, ACTIVATION)).to(da.dtype)
+            tl.store(da_ptr + offs_m[:, None] * stride_dam + columns, da, mask=mask)
+    elif du_ptr is not None:
+        sum_block(du_partial_ptr, du_ptr, pid - num_da_programs, num_chunks, du_size, scaling, BLOCK_S, BLOCK_N)
 
 
 def dy_pass(
@@ -118,29 +128,34 @@ def dy_pass(
     segments = tuple(segments)
     check_segments("dy_pass", segments, num_out, a.shape[1])
     largest = max(segment.rank for segment in segments)
-    tile = tile or default_tile(largest, dy.element_size())
+    tile = tile or default_tile(largest, dy.element_size(), architecture(dy.device))
     tiles = column_tiles(segments, tile.block_n, dy.device)
     block_r = padded_rank(largest or 1, MAX_BLOCK_R)
-    num_blocks_r = cdiv(width, block_r)
-    chunk = rows_per_chunk(num_rows, tile.block_m, tiles.shape[0] * num_blocks_r, num_multiprocessors(dy.device))
+    num_blocks = cdiv(width, block_r)
+    chunk = rows_per_chunk(num_rows, tile.block_m, tiles.shape[0] * num_blocks, num_multiprocessors(dy.device))
     num_chunks = cdiv(num_rows, chunk)
     dz = dy.new_empty(tiles.shape[0], num_rows, width, dtype=torch.float32) if need_da else None
     du = dy.new_empty(num_chunks, num_out, width, dtype=torch.float32) if need_du else None
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_da else None
     if num_rows and width and (need_da or need_du):
-        _dy_pass_kernel[(tiles.shape[0], num_chunks, num_blocks_r)](
+        _dy_pass_kernel[(tiles.shape[0], num_chunks, num_blocks)](
             dy, a, u, tiles, dz, du, num_rows, num_out, width, chunk, dy.stride(0), a.stride(0), u.stride(0),
             ACTIVATION=activation, COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
             RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
             **tile.options,
         )  # fmt: skip
-    if num_rows and a.shape[1] and need_da:
-        block_m, block_r = _REDUCTION_TILE.block_m, _REDUCTION_TILE.block_n
-        _da_kernel[(cdiv(num_rows, block_m), len(segments), cdiv(largest, block_r))](
-            dz, a, segment_tiles(segments, tile.block_n, dy.device), da,
-            num_rows, width, a.stride(0), da.stride(0), scaling,
-            ACTIVATION=activation, BLOCK_M=block_m, BLOCK_R=block_r,
-            **_REDUCTION_TILE.options,
+    finished_du = torch.empty_like(u, memory_format=torch.contiguous_format) if need_du else None
+    num_blocks_r = cdiv(max(1, largest), _FINISH_TILE.block_n)
+    num_da_programs = cdiv(num_rows, _FINISH_TILE.block_m) * len(segments) * num_blocks_r if need_da and largest else 0
+    num_du_programs = cdiv(u.numel(), SUM_TILE.block_n) if need_du else 0
+    if num_da_programs + num_du_programs:
+        _finish_kernel[(num_da_programs + num_du_programs,)](
+            dz, a, segment_tiles(segments, tile.block_n, dy.device), da, du, finished_du,
+            num_rows, width, len(segments), num_blocks_r, num_da_programs, num_chunks, u.numel(),
+            a.stride(0), da.stride(0) if need_da else 0, scaling,
+            ACTIVATION=activation, BLOCK_M=_FINISH_TILE.block_m, BLOCK_R=_FINISH_TILE.block_n,
+            BLOCK_S=SUM_TILE.block_m, BLOCK_N=SUM_TILE.block_n,
+            **_FINISH_TILE.options,
         )  # fmt: skip
-    return da, (sum_partials(du, u.dtype, scaling=scaling) if need_du else None)
+    return da, finished_du

@@ -29,11 +29,13 @@ class GemmTile(Tile):
     use_tma: bool = False
 
 
-def default_tile(arch: int, itemsize: int, *, use_tma: bool = True) -> GemmTile:
-    """The tile for compute capability `arch` (80, 90, 100) and elements of `itemsize` bytes; use_tma=False where the
-    operands cannot take tensor descriptors."""
+def default_tile(arch: int | str, itemsize: int, *, use_tma: bool = True) -> GemmTile:
+    """The tile for `tile.architecture` and elements of `itemsize` bytes; use_tma=False where the operands cannot take
+    tensor descriptors."""
     if itemsize > 2:  # exact float32 products do not run on tensor cores
         return GemmTile(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=2)
+    if isinstance(arch, str):  # AMD: 64 threads a warp, 64 KiB of shared memory
+        return GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=2)
     if arch < 90 or not use_tma:
         return GemmTile(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4)
     if arch >= 100:  # the wider tile spills where the epilogue adds a residual
@@ -155,7 +157,7 @@ def lowrank_gemm(
     if not out.numel():
         return out
     if tile.use_tma:
-        _check_tma(tile, segments, x=x, weight=weight, out=out, **({} if residual is None else {"residual": residual}))
+        check_tma(tile, segments, x=x, weight=weight, out=out, **({} if residual is None else {"residual": residual}))
     operand = _descriptor if tile.use_tma else lambda matrix, block: matrix
     tiles = column_tiles(segments, tile.block_n, x.device)
     num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
@@ -177,7 +179,7 @@ def lowrank_gemm(
     return out
 
 
-def _check_tma(tile: GemmTile, segments: tuple[SegmentShape, ...], **operands) -> None:
+def check_tma(tile: GemmTile, segments: tuple[SegmentShape, ...], **operands) -> None:
     for name, matrix in operands.items():
         if not can_use_tma(matrix):
             raise ValueError(

@@ -1,24 +1,34 @@
 """A bottleneck branch on the output of a linear layer, in one kernel: out = y + s U f(D drop(y)) (+ residual).
 
 The study's Adapter on the down projection (arXiv 2406.05130). Two passes over a block of rows, the second from cache.
+Backward: da = s (dout U) f'(a), dU = s dout^T f(a), dD = da^T drop(y), dy = dout + mask * (da D) / keep.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from mmpeft_kernels.activations import activate
+from mmpeft_kernels.ddown import ddown
 from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.dy_pass import dy_pass
+from mmpeft_kernels.prologue_backward import prologue_backward
+from mmpeft_kernels.segments import SegmentShape
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # The accumulator of a and the operand z of one block of rows stay in registers.
 MAX_RANK = 256
 
 
-def default_tile(rank: int, itemsize: int) -> Tile:
+def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
     """Blocks for a bottleneck of `rank`."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=16, num_warps=8)
-    return Tile(block_m=32, block_n=64, num_warps=4 if padded_rank(rank) <= 128 else 8, num_stages=2)
+    num_warps = 4 if padded_rank(rank) <= 128 else 8
+    if isinstance(arch, str):  # AMD: 64 threads a warp, and wide blocks spill
+        return Tile(block_m=32, block_n=32, num_warps=num_warps // 2, num_stages=2)
+    return Tile(block_m=32, block_n=64, num_warps=num_warps, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])
@@ -80,7 +90,7 @@ def post_adapter(
     (num_rows, num_out), rank = y.shape, down.shape[0]
     if rank > MAX_RANK:
         raise ValueError(f"post_adapter: expected a rank of at most {MAX_RANK}, got {rank}")
-    tile = tile or default_tile(rank, y.element_size())
+    tile = tile or default_tile(rank, y.element_size(), architecture(y.device))
     out, a = y.new_empty(num_rows, num_out), y.new_empty(num_rows, rank)
     if num_rows:
         _post_adapter_kernel[(cdiv(num_rows, tile.block_m),)](
@@ -91,3 +101,31 @@ def post_adapter(
             **tile.options,
         )  # fmt: skip
     return out, a
+
+
+class PostAdapterGrads(NamedTuple):
+    dy: object | None  # [M, N]
+    ddown: object | None  # [R, N] in down's dtype
+    dup: object | None  # [N, R] in up's dtype
+
+
+def post_adapter_backward(
+    dout, y, a, down, up, *, scaling=1.0, activation="identity", p=0.0, seed=None, stream=0,
+    need_dy=True, need_ddown=True, need_dup=True, dy_out=None,
+) -> PostAdapterGrads:  # fmt: skip
+    """Each gradient only where asked; the residual's is dout itself.
+
+    dout [M, N], y and a of the forward, down, up and the dropout as in `post_adapter`; dy goes to `dy_out` [M, N] where
+    given, which may not overlap an input.
+    """
+    segments = (SegmentShape(dout.shape[1], a.shape[1]),)
+    da, dup = dy_pass(
+        dout, a, up, segments=segments, scaling=scaling, activation=activation,
+        need_da=need_dy or need_ddown, need_du=need_dup,
+    )  # fmt: skip
+    mask = {"p": p, "seed": seed, "stream": stream}
+    return PostAdapterGrads(
+        prologue_backward(dout, da=da, down=down, dx_out=dy_out, **mask).dx if need_dy else None,
+        ddown(da, y, out_dtype=down.dtype, **mask) if need_ddown else None,
+        dup,
+    )

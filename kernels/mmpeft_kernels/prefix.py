@@ -12,14 +12,14 @@ import triton.language as tl
 
 from mmpeft_kernels.reduction import sum_partials
 from mmpeft_kernels.row_chunks import num_multiprocessors, rows_per_chunk
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 
-def default_tile(itemsize: int) -> Tile:
+def default_tile(itemsize: int, arch: int | str) -> Tile:
     """block_m queries of a step and block_n prefix tokens of a launch: whole heads of both stay in registers."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=16, num_warps=8)
-    return Tile(block_m=32, block_n=32, num_warps=8)
+    return Tile(block_m=32, block_n=32, num_warps=4 if isinstance(arch, str) else 8)  # AMD: 64 threads a warp
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _prefix_kernel(
 
 @triton.jit
 def _prefix_backward_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dkv_ptr,
     T, H, P, DH, group_size, rows_per_chunk, num_chunks, first_p,
     stride_gb, stride_gh, stride_gt, stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot,
     stride_lb, stride_lh, stride_lt, stride_dqb, stride_dqh, stride_dqt, scale,
@@ -117,9 +117,9 @@ def _prefix_backward_kernel(
     # A partial for each (batch, head of the group, chunk), laid out so that key/value heads are kept apart.
     num_groups = H // group_size
     part = (batch * group_size + head % group_size) * num_chunks + pid_chunk
-    partial = part * num_groups * P * DH + kv
-    tl.store(dk_ptr + partial, dk, mask=kv_mask)
-    tl.store(dv_ptr + partial, dv, mask=kv_mask)
+    partial = dkv_ptr + part * 2 * num_groups * P * DH + kv
+    tl.store(partial, dk, mask=kv_mask)
+    tl.store(partial + num_groups * P * DH, dv, mask=kv_mask)
 
 
 def _check(prefix_k, q):
@@ -143,7 +143,7 @@ def merge_prefix_(q, prefix_k, prefix_v, out, lse, *, scale, alive=None, tile: T
     _check(prefix_k, q)
     batch, heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix, _ = prefix_k.shape
-    tile = tile or default_tile(q.element_size())
+    tile = tile or default_tile(q.element_size(), architecture(q.device))
     block_p = padded_rank(num_prefix, tile.block_n)
     for first_p in range(0, num_prefix if q.numel() else 0, block_p):
         _prefix_kernel[(cdiv(num_queries, tile.block_m), batch * heads)](
@@ -166,18 +166,19 @@ def prefix_backward_(dout, q, prefix_k, prefix_v, out, lse, dq, *, scale, tile: 
     _check(prefix_k, q)
     batch, heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix, _ = prefix_k.shape
-    tile = tile or default_tile(q.element_size())
+    tile = tile or default_tile(q.element_size(), architecture(q.device))
     block_p = padded_rank(num_prefix, tile.block_n)
     chunk = rows_per_chunk(num_queries, tile.block_m, batch * heads, num_multiprocessors(q.device))
     num_chunks = cdiv(num_queries, chunk)
-    shape = (batch * (heads // num_kv_heads) * num_chunks, num_kv_heads, num_prefix, head_dim)
-    dk, dv = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    num_parts = batch * (heads // num_kv_heads) * num_chunks
+    dkv = q.new_empty(num_parts, 2, num_kv_heads, num_prefix, head_dim, dtype=torch.float32)
     for first_p in range(0, num_prefix if q.numel() else 0, block_p):
         _prefix_backward_kernel[(num_chunks, batch * heads)](
-            dout, q, prefix_k, prefix_v, out, lse, dq, dk, dv,
+            dout, q, prefix_k, prefix_v, out, lse, dq, dkv,
             num_queries, heads, num_prefix, head_dim, heads // num_kv_heads, chunk, num_chunks, first_p,
             *dout.stride()[:3], *q.stride()[:3], *out.stride()[:3], *lse.stride(), *dq.stride()[:3], scale,
             BLOCK_M=tile.block_m, BLOCK_P=block_p, BLOCK_DH=padded_rank(head_dim),
             **tile.options,
         )  # fmt: skip
-    return sum_partials(dk, prefix_k.dtype), sum_partials(dv, prefix_v.dtype)
+    dk, dv = sum_partials(dkv, torch.promote_types(prefix_k.dtype, prefix_v.dtype))
+    return dk.to(prefix_k.dtype), dv.to(prefix_v.dtype)

@@ -1,7 +1,7 @@
 """h = prologue(x) and a = drop(h) D^T of all branches that share h, from one pass over x (two for rms_norm).
 
     none:   h = x * l          rms_norm: h = gain * x * rstd * l, rstd = (mean(x^2) + eps)^-1/2
-    swiglu: h = silu(gate) * up * l                         l: optional input scale (IA3); z = f(a)
+    swiglu: h = silu(gate) * up * l                         l: optional input scale (IA3); z = s f(a)
 
 Every product is rounded to x's dtype where the torch provider rounds it; a is accumulated in float32.
 """
@@ -11,20 +11,21 @@ import triton.language as tl
 
 from mmpeft_kernels.activations import activate
 from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 PROLOGUES = ("none", "rms_norm", "swiglu")
 # One block of ranks keeps its float32 accumulator in registers; beyond it x is read once more for each block.
 MAX_BLOCK_R = 256
 
 
-def default_tile(rank: int, itemsize: int) -> Tile:
+def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
     """Blocks for `rank` columns of a (0 for none): wide ones where the accumulator is small."""
     if rank == 0:
         return Tile(block_m=4, block_n=1024, num_warps=4)
     if itemsize > 2:
         return Tile(block_m=16, block_n=32 if padded_rank(rank) <= 64 else 16, num_warps=8, num_stages=2)
-    return Tile(block_m=32, block_n=64, num_warps=4 if padded_rank(rank) <= 128 else 8, num_stages=3)
+    num_stages = 2 if isinstance(arch, str) else 3  # AMD: 64 KiB of shared memory
+    return Tile(block_m=32, block_n=64, num_warps=4 if padded_rank(rank) <= 128 else 8, num_stages=num_stages)
 
 
 @triton.jit
@@ -57,7 +58,8 @@ def scaled_by(h, scale_ptr, offs_k, K):
 @triton.jit(do_not_specialize=["stream", "threshold"])
 def _prologue_kernel(
     x_ptr, up_ptr, gain_ptr, in_scale_ptr, down_ptr, seed_ptr, h_ptr, rstd_ptr, a_ptr, z_ptr,
-    M, K, R, stride_xm, stride_upm, stride_dr, eps, inverse_keep, stream, threshold,
+    M, K, R, stride_xm, stride_upm, stride_dr, stride_hm, stride_am, stride_zm,
+    eps, inverse_keep, z_scaling, stream, threshold,
     PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +94,9 @@ def _prologue_kernel(
         h = scaled_by(h, in_scale_ptr, offs_k, K)
         if h_ptr is not None:  # noqa: SIM102 - known when compiled; the next is not
             if pid_r == 0:
-                tl.store(h_ptr + offs_m[:, None] * K + offs_k[None, :], h, mask=mask_m[:, None] & mask_k[None, :])
+                tl.store(
+                    h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :], h, mask=mask_m[:, None] & mask_k[None, :]
+                )
         if down_ptr is not None:
             if seed_ptr is not None:
                 h = tl.where(dropped_tile(seed, stream, threshold, offs_m, k, BLOCK_K), 0.0, h)
@@ -106,42 +110,49 @@ def _prologue_kernel(
     # Phase 3: what the up projections and the backward need.
     if down_ptr is not None:
         a = (acc * inverse_keep).to(a_ptr.dtype.element_ty)
-        offs = offs_m[:, None] * R + offs_r[None, :]
         mask = mask_m[:, None] & mask_r[None, :]
-        tl.store(a_ptr + offs, a, mask=mask)
+        tl.store(a_ptr + offs_m[:, None] * stride_am + offs_r[None, :], a, mask=mask)
         if z_ptr is not None:
-            tl.store(z_ptr + offs, activate(a.to(tl.float32), ACTIVATION).to(a.dtype), mask=mask)
+            z = (activate(a.to(tl.float32), ACTIVATION) * z_scaling).to(a.dtype)
+            tl.store(z_ptr + offs_m[:, None] * stride_zm + offs_r[None, :], z, mask=mask)
 
 
 def prologue(
     x, up=None, *, name="none", gain=None, eps=1e-6, in_scale=None, down=None, activation="identity",
-    p=0.0, seed=None, stream=0, write_h=True, tile: Tile | None = None,
+    z_scaling=1.0, p=0.0, seed=None, stream=0, write_h=True, h_out=None, a_out=None, z_out=None,
+    tile: Tile | None = None,
 ):  # fmt: skip
     """The prologue of a fused linear, with the shrink of every branch on one mask.
 
     x [M, K] with unit column stride, or gate with `up` [M, K] for swiglu; gain, in_scale [K], any float dtype;
-    down [R, K], the branches' down projections stacked, any float dtype; p, seed, stream: their dropout.
+    down [R, K], the branches' down projections stacked, any float dtype; p, seed, stream: their dropout. Results go to
+    h_out [M, K], a_out and z_out [M, R] where given: x's dtype, unit column stride, any row stride, so that h and z may
+    be columns of one buffer.
 
-    Returns (h [M, K] or None, rstd [M] float32 or None, a [M, R] or None, z = f(a), which is a itself for identity).
-    h is None with `write_h=False`, and x itself where the prologue changes nothing.
+    Returns (h or None, rstd [M] float32 or None, a or None, z = z_scaling f(a) or None). Unless an output is given for
+    it, h is None with `write_h=False` and x itself where the prologue changes nothing, and z is a where they are equal.
     """
     import torch
 
     num_rows, width = x.shape
     rank = 0 if down is None else down.shape[0]
-    tile = tile or default_tile(rank, x.element_size())
+    tile = tile or default_tile(rank, x.element_size(), architecture(x.device))
     changed = name != "none" or in_scale is not None
-    h = torch.empty_like(x, memory_format=torch.contiguous_format) if write_h and changed else None
+    h, z = h_out, z_out if rank else None
+    if h is None and write_h and changed:
+        h = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = x.new_empty(num_rows, dtype=torch.float32) if name == "rms_norm" else None
-    a = x.new_empty(num_rows, rank) if rank else None
-    z = torch.empty_like(a) if rank and activation != "identity" else None
-    if num_rows and (changed or rank):
+    a = (x.new_empty(num_rows, rank) if a_out is None else a_out) if rank else None
+    if z is None and rank and (activation != "identity" or z_scaling != 1.0):
+        z = x.new_empty(num_rows, rank)
+    if num_rows and (changed or rank or h is not None):
         block_r = padded_rank(rank, MAX_BLOCK_R) if rank else 16
         _prologue_kernel[(cdiv(num_rows, tile.block_m), cdiv(max(rank, 1), block_r))](
             x, up, gain, in_scale, down, seed if p > 0.0 else None, h, rstd, a, z,
             num_rows, width, rank, x.stride(0), up.stride(0) if up is not None else 0,
-            down.stride(0) if rank else 0, eps, inverse_keep_of(p), stream, threshold_of(p),
+            down.stride(0) if rank else 0, 0 if h is None else h.stride(0), a.stride(0) if rank else 0,
+            0 if z is None else z.stride(0), eps, inverse_keep_of(p), z_scaling, stream, threshold_of(p),
             PROLOGUE=name, ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r,
             **tile.options,
         )  # fmt: skip
-    return (x if write_h and not changed else h), rstd, a, (a if z is None else z)
+    return (x if write_h and h is None else h), rstd, a, (a if z is None else z)

@@ -35,7 +35,7 @@ def default_tile(rank: int, itemsize: int) -> Tile:
 def _prologue_backward_kernel(
     dh_ptr, da_ptr, down_ptr, seed_ptr, x_ptr, up_ptr, gain_ptr, rstd_ptr, in_scale_ptr, dresidual_ptr,
     dx_ptr, dup_ptr, dgain_ptr, din_scale_ptr,
-    M, K, R, stride_dhm, stride_dam, stride_dr, stride_xm, stride_upm, stride_dresidualm,
+    M, K, R, stride_dhm, stride_dam, stride_dr, stride_xm, stride_upm, stride_dresidualm, stride_dxm, stride_dupm,
     inverse_keep, stream, threshold,
     PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _prologue_backward_kernel(
                 sigmoid = tl.sigmoid(gate)
                 if dup_ptr is not None:
                     dup = (wide * (gate * sigmoid).to(dtype).to(tl.float32)).to(dtype)
-                    tl.store(dup_ptr + offs_m[:, None] * K + offs_k[None, :], dup, mask=mask)
+                    tl.store(dup_ptr + offs_m[:, None] * stride_dupm + offs_k[None, :], dup, mask=mask)
                 up = tl.load(up_ptr + offs_m[:, None] * stride_upm + offs_k[None, :], mask=mask, other=0.0)
                 dx = (wide * up.to(tl.float32)).to(dtype).to(tl.float32) * sigmoid * (1 + gate * (1 - sigmoid))
             if dx_ptr is not None:
@@ -108,7 +108,7 @@ def _prologue_backward_kernel(
                         dresidual_ptr + offs_m[:, None] * stride_dresidualm + offs_k[None, :], mask=mask, other=0.0
                     )
                     dx += dresidual.to(tl.float32)
-                tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], dx.to(dtype), mask=mask)
+                tl.store(dx_ptr + offs_m[:, None] * stride_dxm + offs_k[None, :], dx.to(dtype), mask=mask)
 
     # Phase 2: what phase 1 left in dh, minus its projection on the normalised row.
     if PROLOGUE == "rms_norm" and dx_ptr is not None:
@@ -129,7 +129,7 @@ def _prologue_backward_kernel(
                     dresidual_ptr + offs_m[:, None] * stride_dresidualm + offs_k[None, :], mask=mask, other=0.0
                 )
                 dx += dresidual.to(tl.float32)
-            tl.store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], dx.to(dtype), mask=mask)
+            tl.store(dx_ptr + offs_m[:, None] * stride_dxm + offs_k[None, :], dx.to(dtype), mask=mask)
 
 
 class PrologueGrads(NamedTuple):
@@ -141,14 +141,16 @@ class PrologueGrads(NamedTuple):
 
 def prologue_backward(
     dh, x=None, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
-    stream=0, dresidual=None, need_dx=True, need_dup=True, need_dgain=False, need_din_scale=False,
-    tile: Tile | None = None,
+    stream=0, dresidual=None, need_dx=True, need_dup=True, need_dgain=False, need_din_scale=False, dx_out=None,
+    dup_out=None, tile: Tile | None = None,
 ):  # fmt: skip
     """Each gradient only where asked; dx may be dropped too, where a gain is trained under frozen layers.
 
     dh [M, K], overwritten by rms_norm; x, up, gain, in_scale as in `prologue`, rstd [M] from it (x may be None where
     nothing needs it); da [M, R] in dh's dtype with down [R, K] for the low-rank part, and its dropout p, seed, stream;
-    dresidual [M, K], added to dx. Gradients are contiguous, in the dtypes of what they belong to.
+    dresidual [M, K], added to dx. Matrices have unit column strides and any row strides. Gradients are in the dtypes of
+    what they belong to; dx and dup go to dx_out and dup_out [M, K] where given (columns of one buffer, say), neither of
+    which may overlap an input.
     """
     import torch
 
@@ -158,8 +160,9 @@ def prologue_backward(
     num_blocks = cdiv(num_rows, tile.block_m)
     need_dgain = need_dgain and name == "rms_norm"
     need_din_scale = need_din_scale and in_scale is not None
-    dx = dh.new_empty(num_rows, width) if need_dx else None
-    dup = dh.new_empty(num_rows, width) if need_dup and name == "swiglu" else None
+    need_dup = need_dup and name == "swiglu"
+    dx = (dh.new_empty(num_rows, width) if dx_out is None else dx_out) if need_dx else None
+    dup = (dh.new_empty(num_rows, width) if dup_out is None else dup_out) if need_dup else None
     dgain = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_dgain else None
     din_scale = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_din_scale else None
     if num_rows and any(part is not None for part in (dx, dup, dgain, din_scale)):
@@ -167,7 +170,8 @@ def prologue_backward(
             dh, da, down, seed if p > 0.0 else None, x, up, gain, rstd, in_scale, dresidual, dx, dup, dgain, din_scale,
             num_rows, width, rank, dh.stride(0), da.stride(0) if rank else 0, down.stride(0) if rank else 0,
             0 if x is None else x.stride(0), 0 if up is None else up.stride(0),
-            0 if dresidual is None else dresidual.stride(0), inverse_keep_of(p), stream, threshold_of(p),
+            0 if dresidual is None else dresidual.stride(0), dx.stride(0) if need_dx else 0,
+            dup.stride(0) if need_dup else 0, inverse_keep_of(p), stream, threshold_of(p),
             PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n,
             BLOCK_R=padded_rank(rank, MAX_BLOCK_R) if rank else 16,
             **tile.options,

@@ -9,8 +9,9 @@ DEFAULT_TILE = Tile(block_m=16, block_n=64)
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, out_ptr, S, N, scaling, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+def sum_block(partial_ptr, out_ptr, pid, S, N, scaling, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Writes block `pid` of out [N], `scaling` times the sum of partial [S, N] over S."""
+    offs_n = tl.cast(pid, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     for s in range(0, S, BLOCK_S):
         offs_s = s + tl.arange(0, BLOCK_S).to(tl.int64)
@@ -18,6 +19,11 @@ def _sum_kernel(partial_ptr, out_ptr, S, N, scaling, BLOCK_S: tl.constexpr, BLOC
         acc += tl.load(partial_ptr + offs_s[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
     total = tl.sum(acc, axis=0) * scaling
     tl.store(out_ptr + offs_n, total.to(out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+@triton.jit
+def _sum_kernel(partial_ptr, out_ptr, S, N, scaling, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
+    sum_block(partial_ptr, out_ptr, tl.program_id(0), S, N, scaling, BLOCK_S, BLOCK_N)
 
 
 def sum_partials(partial, out_dtype, *, scaling: float = 1.0, tile: Tile = DEFAULT_TILE):

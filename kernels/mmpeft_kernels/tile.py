@@ -29,6 +29,18 @@ def check_power_of_two(name: str, value: int) -> None:
         raise ValueError(f"tile: expected {name} to be a power of two, got {value}")
 
 
+def architecture(device) -> int | str:
+    """Compute capability of a CUDA device (80, 90, 100), name of an AMD one ("gfx942"); 80 where there is no GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

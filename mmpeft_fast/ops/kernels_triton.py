@@ -105,6 +105,8 @@ def prologue_backward(
     if low_rank:
         (down, mask), da = low_rank[0]
         product = {"da": da, "down": down, **_mask_options(mask)}
+    if not low_rank and spec.name == "none" and spec.in_scale is None and dresidual is None and dx_out is None:
+        return PrologueGrads((dh if need_dx[0] else None,), None, None, ddowns)
     outs = {} if dx_out is None else dict(zip(("dx_out", "dup_out"), dx_out, strict=False))
     grads = prologue_backward_kernel.prologue_backward(
         dh, *x, **options, **product, **outs, rstd=rstd, dresidual=dresidual, need_dx=need_dx[0], need_dup=need_dx[-1],

@@ -78,3 +78,22 @@ def provider_report(device: torch.device | str = "cpu") -> list[tuple[str, str, 
     """(op, provider, reason) for every op on a device, with calls of many rows."""
     device = torch.device(device)
     return [(op, *dispatch.choose(op, device)) for op in dispatch.OPS]
+
+
+def available_providers() -> list[tuple[str, str]]:
+    """(provider, whether it is installed and where it is proven) for every provider that can be asked for."""
+    proven = {name: [] for name in PROVIDERS}
+    for table in dispatch.tables().values():
+        for name in sorted(set(table.providers.values())):
+            proven[name].append(table.device)
+    rows = []
+    for name in PROVIDERS:
+        reason = why_not_installed(name)
+        if reason is not None:
+            rows.append((name, f"not installed; {reason}"))
+        elif name in ("torch", "cpu"):
+            rows.append((name, "installed"))
+        else:
+            where = ", ".join(proven[name])
+            rows.append((name, f"installed; proven on {where}" if where else "installed; unproven: no GPU has run it"))
+    return rows

@@ -20,6 +20,8 @@ COMPILED = (
     "sm_90 bfloat16 prefix_backward",
     "sm_80 float16 post_adapter r64",
     "sm_90 bfloat16 cross_entropy",
+    "gfx942 bfloat16 lowrank_gemm forward r16",
+    "sm_90 bfloat16 lowrank_gemm gluon forward r16",
 )
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
 
@@ -37,9 +39,11 @@ def test_every_launch_of_the_table_is_fit_for_its_device(version):
     found = {name: faults(LAUNCHES[name], row) for name, row in RESOURCES[version].items()}
     assert not {name: fault for name, fault in found.items() if fault}
     for name, row in RESOURCES[version].items():
-        if LAUNCHES[name]["kernel"] == "lowrank_gemm:_lowrank_gemm_kernel" and "float32" not in name:
-            assert row["matrix_instructions"] == {80: "mma", 90: "wgmma", 100: "tcgen05"}[LAUNCHES[name]["arch"]], name
-            assert row["tma"] == (LAUNCHES[name]["arch"] >= 90 and "pointers" not in name), name
+        if LAUNCHES[name]["kernel"].endswith(":_lowrank_gemm_kernel") and "float32" not in name:
+            arch = LAUNCHES[name]["arch"]
+            kind = {80: "mma", 90: "wgmma", 100: "tcgen05", "gfx942": "mfma"}[arch]
+            assert row["matrix_instructions"] == kind, name
+            assert row["tma"] == (arch in (90, 100) and "pointers" not in name), name
 
 
 def test_a_fault_is_found():

@@ -61,3 +61,21 @@ def test_many_ranks_wide_parameters_and_needs():
         ValueError, match=r"dy_pass: expected segments with 24 columns and rank 150 in all, got \(24, 9\)"
     ):
         dy_pass(dy, a, u, segments=(SegmentShape(24, 9),))
+
+
+def test_two_launches(monkeypatch):
+    from mmpeft_kernels import dy_pass as module
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.kernel)
+            return self.kernel[grid]
+
+    launched = []
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    dy_pass(torch.randn(5, 16), torch.randn(5, 4), torch.randn(16, 4), segments=(SegmentShape(16, 4),), tile=TILE)
+    assert len(launched) == 2

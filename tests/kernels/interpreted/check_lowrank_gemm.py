@@ -100,6 +100,38 @@ def test_wide_factor_strided_operands_and_given_output():
     assert not buffer[:, :4].any() and not buffer[:, 24:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", [POINTERS, TMA], ids=["pointers", "tma"])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("rank", [1, 5, 16, 100, 512])
+def test_ranks_between_columns_of_wider_buffers(dtype, tile, transposed, rank):
+    torch.manual_seed(0)
+    num_rows, depth, num_out = 7, 40, 24
+
+    def columns(num_rows, num_cols):
+        return torch.randn(num_rows, num_cols + 24).to(dtype)[:, 8 : 8 + num_cols]
+
+    tensors = {
+        "x": columns(num_rows, depth),
+        "weight": columns(num_out, depth) if transposed else columns(depth, num_out),
+        "z": columns(num_rows, rank) / rank**0.5,
+        "u": columns(num_out, rank) if transposed else columns(rank, num_out),
+        "residual": columns(num_rows, num_out),
+    }
+    buffer = torch.zeros(num_rows, num_out + 16).to(dtype)
+
+    def reference(x, weight, z, u, residual):
+        return x @ (weight.t() if transposed else weight) + 1.7 * (z @ (u.t() if transposed else u)) + residual
+
+    def call(x, weight, **operands):
+        return lowrank_gemm(
+            x, weight, tile=tile, transposed=transposed, scaling=1.7, out=buffer[:, 8 : 8 + num_out], **operands
+        )
+
+    check(call, reference, dtype, **tensors)
+    assert buffer[:, 8 : 8 + num_out].any() and not buffer[:, :8].any() and not buffer[:, 8 + num_out :].any()
+
+
 def test_errors_and_no_rows():
     x, weight = torch.randn(4, 6), torch.randn(8, 6)
     with pytest.raises(ValueError, match=r"expected segments with 8 columns and rank 0 in all, got \(7, 0\)"):

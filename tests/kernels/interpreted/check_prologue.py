@@ -74,3 +74,30 @@ def test_many_ranks_take_several_blocks():
 def test_no_rows():
     h, rstd, a, _ = prologue(torch.empty(0, 16), name="rms_norm", gain=torch.ones(16), down=torch.ones(2, 16))
     assert h.shape == (0, 16) and rstd.shape == (0,) and a.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name, num_rows", [("none", 1), ("rms_norm", 33), ("swiglu", 7)])
+def test_columns_of_one_buffer(dtype, name, num_rows):
+    """[h | z] with a scaled z, as a GEMM by layout wants it; a elsewhere, in a strided buffer too."""
+    torch.manual_seed(0)
+    width, rank = 33, 5
+    stacked = torch.randn(num_rows, 2 * width).to(dtype)
+    x = stacked.split(width, dim=1)[: 2 if name == "swiglu" else 1]
+    gain = torch.randn(width).to(dtype) if name == "rms_norm" else None
+    down = (torch.randn(rank, width) / width**0.5).to(dtype)
+    buffer, a_buffer = torch.zeros(num_rows, width + rank + 2).to(dtype), torch.zeros(num_rows, rank + 3).to(dtype)
+    outputs = {"h_out": buffer[:, :width], "z_out": buffer[:, width : width + rank], "a_out": a_buffer[:, 3:]}
+    h, _, a, z = prologue(
+        *x, name=name, gain=gain, down=down, activation="tanh", z_scaling=1.7, p=0.3, seed=SEED, stream=2,
+        tile=Tile(block_m=16, block_n=64), **outputs,
+    )  # fmt: skip
+    assert h is outputs["h_out"] and a is outputs["a_out"] and z is outputs["z_out"]
+    eager = reference(name, x, gain, None, down, "tanh", 0.3)
+    wide_gain = None if gain is None else gain.double()
+    truth = reference(name, tuple(part.double() for part in x), wide_gain, None, down.double(), "tanh", 0.3)
+    for got, plain, true, what in zip((h, a, z / 1.7), eager, truth, "haz"):
+        assert_as_close_as_eager(got, plain, true, what)
+    assert not buffer[:, width + rank :].any() and not a_buffer[:, :3].any()
+    _, _, a, z = prologue(*x, name=name, gain=gain, down=down, z_scaling=2.0, tile=Tile(block_m=16, block_n=64))
+    assert torch.equal(z, 2 * a)

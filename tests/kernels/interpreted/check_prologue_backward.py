@@ -83,3 +83,34 @@ def test_repeats_bit_by_bit_and_takes_no_rows():
     assert torch.equal(runs[0].dx, runs[1].dx) and torch.equal(runs[0].dgain, runs[1].dgain)
     empty = prologue_backward(dh[:0], x[:0], name="rms_norm", gain=gain, rstd=rstd[:0], need_dgain=True)
     assert empty.dx.shape == (0, 8) and torch.equal(empty.dgain, torch.zeros(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PROLOGUES)
+def test_every_matrix_may_be_columns_of_a_buffer(dtype, name):
+    torch.manual_seed(0)
+    num_rows, width, rank = 17, 33, 5
+
+    def columns(num_cols):
+        return torch.randn(num_rows, 2 * num_cols + 3).to(dtype)[:, 1 : 1 + num_cols]
+
+    x = torch.randn(num_rows, 2 * width).to(dtype).split(width, dim=1)[: 2 if name == "swiglu" else 1]
+    gain = torch.randn(width).to(dtype) if name == "rms_norm" else None
+    down = (torch.randn(rank, width + 2) / width**0.5).to(dtype)[:, :width]
+    dh, da, dresidual = columns(width), columns(rank), columns(width)
+    tensors = (gain, None, down, dh, da, dresidual)
+    eager = gradients(name, x, *tensors, 0.3)
+    wide = tuple(None if part is None else part.double() for part in tensors)
+    truth = gradients(name, tuple(part.double() for part in x), *wide, 0.3)
+    buffer = torch.zeros(num_rows, 2 * width + 4).to(dtype)
+    outputs = {"dx_out": buffer[:, :width], "dup_out": buffer[:, width : 2 * width]}
+    rstd = (x[0].float().pow(2).mean(-1) + EPS).rsqrt()
+    got = prologue_backward(
+        dh, *x, name=name, gain=gain, rstd=rstd, da=da, down=down, p=0.3, seed=SEED, stream=2, dresidual=dresidual,
+        need_dgain=True, tile=Tile(block_m=16, block_n=64), **outputs,
+    )  # fmt: skip
+    assert got.dx is outputs["dx_out"] and (got.dup is outputs["dup_out"] if name == "swiglu" else got.dup is None)
+    got = {"x0": got.dx, "x1": got.dup, "gain": got.dgain}
+    for key, true in truth.items():
+        assert_as_close_as_eager(got[key], eager[key], true, key)
+    assert not buffer[:, 2 * width :].any() and (name == "swiglu" or not buffer[:, width:].any())

@@ -1,70 +1,127 @@
-"""Rotation and scale of heads, forward and backward, on single and stacked tensors."""
+"""Scale, head norm and rotation of the heads of q, k and v, forward and every gradient."""
 
 import pytest
 import torch
-from mmpeft_kernels.rotary import rotary, rotary_backward
+from mmpeft_kernels.rotary import Heads, rotary, rotary_backward
 from mmpeft_kernels.tile import Tile
 
+from mmpeft_fast.ops.norms import rms_norm_ref
 from mmpeft_fast.ops.rotary import rotary_cos_sin, rotate
 from tests.closeness import assert_as_close_as_eager
 
 TILE = Tile(block_m=16, block_n=2)
+EPS = 1e-3
 
 
-def reference(x, scale, cos, sin, head_dim, num_rotated, first_scaled):
-    heads = x.unflatten(-1, (-1, head_dim))
-    if scale is not None:
-        factors = torch.cat((scale.new_ones(first_scaled * head_dim), scale)).unflatten(0, (-1, head_dim))
-        heads = heads * factors
-    repeats = x.shape[0] // cos.shape[0]
-    cos, sin = (part.repeat(repeats, 1)[:, None] for part in (cos, sin))
-    rotated = rotate(heads[:, :num_rotated], cos, sin)
-    return torch.cat((rotated, heads[:, num_rotated:]), dim=1).flatten(1)
+def reference(part, cos, sin, head_dim):
+    heads = part.x if part.scale is None else part.x * part.scale
+    heads = heads.unflatten(-1, (-1, head_dim))
+    if part.gain is not None:
+        heads = rms_norm_ref(heads, part.gain, EPS)
+    if part.rotated:
+        heads = rotate(heads, cos[:, :, None], sin[:, :, None])
+    return heads.flatten(2)
+
+
+def gradients(part, dy, cos, sin, head_dim, cast):
+    """y, dx, and dscale and dgain where there is such a parameter, by autograd."""
+    tensors = {name: cast(leaf).requires_grad_() for name, leaf in part._asdict().items() if torch.is_tensor(leaf)}
+    y = reference(part._replace(**tensors), cast(cos), cast(sin), head_dim)
+    grads = torch.autograd.grad(y, tuple(tensors.values()), cast(dy))
+    return {"y": y} | {f"d{name}": grad for name, grad in zip(tensors, grads)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "batch, length, head_dim, num_heads, num_rotated, first_scaled, with_scale",
+    "batch, length, head_dim, shared_angles, parts",
     [
-        (1, 1, 8, 2, 2, 0, False),
-        (2, 17, 12, 7, 6, 5, True),  # stacked q (5 heads), k and v: k is scaled and rotated, v only scaled
-        (3, 7, 16, 3, 3, 0, True),
+        (1, 1, 8, True, {"q": (2, "rotated")}),
+        (2, 17, 12, True, {"q": (5, "rotated"), "k": (1, "rotated scale"), "v": (1, "scale")}),
+        (2, 17, 12, False, {"q": (4, "rotated gain"), "k": (2, "rotated gain")}),
+        (3, 7, 16, False, {"q": (3, "rotated scale gain"), "v": (1, "")}),
+        (1, 33, 8, True, {"q": (3, "rotated"), "k": (1, "rotated scale gain"), "v": (3, "scale")}),
+        (1, 5, 8, None, {"v": (3, "scale")}),
     ],
 )
-def test_rotary(dtype, batch, length, head_dim, num_heads, num_rotated, first_scaled, with_scale):
+def test_columns_of_stacked_buffers(dtype, batch, length, head_dim, shared_angles, parts):
     torch.manual_seed(0)
-    width = num_heads * head_dim
-    x = torch.randn(batch * length, width + 5).to(dtype)[:, :width]
-    dy = torch.randn(batch * length, width).to(dtype)
-    scale = torch.randn((num_heads - first_scaled) * head_dim).to(dtype) if with_scale else None
+    widths = [num_heads * head_dim for num_heads, _ in parts.values()]
+
+    def buffers():
+        """Parts side by side, the last column belonging to none."""
+        return torch.randn(batch, length, sum(widths) + 1).to(dtype).split([*widths, 1], dim=2)
+
+    stacked, dys = buffers(), buffers()[: len(parts)]
+    heads = [
+        Heads(
+            x=x,
+            scale=torch.randn(width).to(dtype) if "scale" in how else None,
+            gain=torch.randn(head_dim).to(dtype) if "gain" in how else None,
+            rotated="rotated" in how,
+        )
+        for x, width, (_, how) in zip(stacked, widths, parts.values())
+    ]
     # mRoPE: three positions a token.
+    positions = torch.randint(0, 50, (3, 1 if shared_angles else batch, length))
     sections = [head_dim // 2 - 2, 1, 1]
-    positions = torch.randint(0, 50, (3, 1, length))
-    angles = rotary_cos_sin(positions, torch.rand(head_dim // 2), sections=sections)
-    cos, sin = (part[0].to(dtype) for part in angles)
-    shape = {"head_dim": head_dim, "num_rotated": num_rotated, "first_scaled": first_scaled}
+    cos, sin = (part.to(dtype) for part in rotary_cos_sin(positions, torch.rand(head_dim // 2), sections=sections))
+    angles = (None, None) if shared_angles is None else (cos, sin)
+    out_buffer, dx_buffer = buffers(), buffers()
+    outs, dxs = out_buffer[: len(parts)], dx_buffer[: len(parts)]
+    spare = out_buffer[-1].clone(), dx_buffer[-1].clone()
+    options = {"head_dim": head_dim, "eps": EPS, "tile": TILE}
+    returned = rotary(heads, *angles, outs=outs, **options)
+    assert all(one is two for one, two in zip(returned, outs))
+    grads = rotary_backward(
+        dys, heads, *angles, need_dscale=[True] * 3, need_dgain=[True] * 3, outs=dxs, **options
+    )  # fmt: skip
+    for part, dy, y, dx, got in zip(heads, dys, outs, dxs, grads):
+        eager = gradients(part, dy, cos, sin, head_dim, torch.clone)
+        truth = gradients(part, dy, cos, sin, head_dim, torch.Tensor.double)
+        assert got.dx is dx
+        got = {"y": y} | {name: grad for name, grad in got._asdict().items() if grad is not None}
+        assert got.keys() == truth.keys()
+        for name, true in truth.items():
+            assert got[name].dtype == dtype
+            assert_as_close_as_eager(got[name], eager[name], true, name)
+    assert torch.equal(out_buffer[-1], spare[0]) and torch.equal(dx_buffer[-1], spare[1])
+    again = rotary_backward(dys, heads, *angles, need_dscale=[True] * 3, need_dgain=[True] * 3, **options)
+    for one, two in zip(grads, again):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two))
 
-    def run(cast):
-        leaves = [cast(x).requires_grad_(), *([cast(scale).requires_grad_()] if with_scale else [])]
-        y = reference(leaves[0], leaves[1] if with_scale else None, cast(cos), cast(sin), **shape)
-        return y, *torch.autograd.grad(y, leaves, cast(dy))
 
-    y = rotary(x, cos, sin, scale=scale, tile=TILE, **shape)
-    dx, dscale = rotary_backward(dy, cos, sin, scale=scale, x=x, tile=TILE, **shape)
-    got = (y, dx) if scale is None else (y, dx, dscale)
-    assert with_scale or dscale is None
-    for part, plain, true, what in zip(got, run(torch.Tensor.clone), run(torch.Tensor.double), ("y", "dx", "dscale")):
-        assert part.dtype == dtype
-        assert_as_close_as_eager(part, plain, true, what)
-
-
-def test_in_place_needs_and_no_rows():
-    x, scale = torch.randn(5, 24), torch.randn(24)
+def test_in_place_needs_dtypes_and_no_rows():
+    x, scale, gain = torch.randn(5, 24), torch.randn(24), torch.randn(8)
     cos, sin = (part[0] for part in rotary_cos_sin(torch.arange(5)[None], torch.rand(4)))
-    expected = rotary(x, cos, sin, head_dim=8, scale=scale)
-    assert rotary(x, cos, sin, head_dim=8, scale=scale, out=x) is x and torch.equal(x, expected)
-    dx, dscale = rotary_backward(expected, cos, sin, head_dim=8, scale=scale)
-    assert dscale is None
-    assert rotary_backward(expected, cos, sin, head_dim=8, scale=scale, out=expected)[0] is expected
-    assert torch.equal(dx, expected)
-    assert rotary(x[:0], cos, sin, head_dim=8).shape == (0, 24)
+    part = Heads(x, scale, gain)
+    (expected,) = rotary([part], cos, sin, head_dim=8)
+    kept = x.clone()
+    assert rotary([part], cos, sin, head_dim=8, outs=[x])[0] is x and torch.equal(x, expected)
+    grads = rotary_backward([expected], [part._replace(x=kept)], cos, sin, head_dim=8)
+    assert grads[0].dscale is None and grads[0].dgain is None
+    (alone,) = rotary_backward([expected], [Heads(None, scale)], cos, sin, head_dim=8)
+    (in_place,) = rotary_backward([expected], [Heads(None, scale)], cos, sin, head_dim=8, outs=[expected])
+    assert in_place.dx is expected and torch.equal(alone.dx, expected)
+    mixed = Heads(kept.half(), scale, gain.half())
+    (grads,) = rotary_backward(
+        [kept.half()], [mixed], cos, sin, head_dim=8, need_dscale=[True], need_dgain=[True]
+    )  # fmt: skip
+    assert grads.dx.dtype == grads.dgain.dtype == torch.float16 and grads.dscale.dtype == torch.float32
+    (empty,) = rotary([Heads(x[:0])], cos, sin, head_dim=8)
+    assert empty.shape == (0, 24)
+    (grads,) = rotary_backward([empty], [Heads(empty, scale)], cos, sin, head_dim=8, need_dscale=[True])
+    assert torch.equal(grads.dscale, torch.zeros(24))
+
+
+def test_errors():
+    x, cos = torch.randn(4, 24), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="rotary: expected 1 to 3 parts, got 4 for 4"):
+        rotary([Heads(x)] * 4, cos, cos, head_dim=8)
+    with pytest.raises(ValueError, match=r"as many rows and whole heads of 8, got \[\(4, 24\), \(3, 24\)\]"):
+        rotary([Heads(x), Heads(x[:3])], cos, cos, head_dim=8)
+    with pytest.raises(ValueError, match=r"as many rows and whole heads of 16, got \[\(4, 24\)\]"):
+        rotary([Heads(x)], cos, cos, head_dim=16)
+    with pytest.raises(ValueError, match="expected cos and sin for parts that are rotated, got None"):
+        rotary([Heads(x)], None, None, head_dim=8)
+    with pytest.raises(ValueError, match="expected x of every part with a gain or a trained scale, got None"):
+        rotary_backward([x], [Heads(None, gain=torch.ones(8))], cos, cos, head_dim=8)
