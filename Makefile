@@ -1,9 +1,9 @@
-# make study | test | lint | bench | clean. Each target makes .venv first where it is missing or out of date.
+# make study | test | lint | bench | cpu-bench | sanitize | clean. Each target makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help study test lint bench clean
+.PHONY: help study test lint bench cpu-bench sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -11,6 +11,8 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
+	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
+	@echo "make sanitize    the C++ kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean   removes what the build and the tests left, not .venv and not results"
 
 # The stamp is written last, so that an interrupted set-up starts again.
@@ -36,6 +38,17 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.step --dtype bf16 --out results/bench/step.jsonl
+
+cpu-bench: $(STAMP)
+	$(BIN)/python -m bench.cpu_kernels --dtype bf16 --out results/bench/cpu_kernels.jsonl
+	$(BIN)/python -m bench.cpu_kernels --dtype fp32 --out results/bench/cpu_kernels.jsonl
+
+# A second build of the whole package in build/sanitize, which the tests then import in place of the first.
+sanitize: $(STAMP)
+	MMPEFT_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib build/sanitize --build-temp build/sanitize-objects
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest -o pythonpath="build/sanitize ." -p no:cacheprovider tests/csrc $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
