@@ -1,0 +1,90 @@
+"""The CUDA ops of the extension behind the methods of `emulation.Kernels`: CPU tensors in and out, strides kept.
+
+Tiles and chunks are the entries' own choice here, so the arguments that choose them in the emulation do nothing.
+"""
+
+import importlib
+
+import torch
+
+
+def is_built() -> bool:
+    """Whether the installed extension has the CUDA ops."""
+    try:
+        importlib.import_module("mmpeft_fast._C")
+    except ImportError:
+        return False
+    return hasattr(torch.ops.mmpeft_fast_cuda, "lowrank_gemm_out")
+
+
+def on_gpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of the tensor's whole storage, viewed as the tensor views it."""
+    if tensor is None:
+        return None
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return flat.cuda().as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def on_cpu(tensors) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.cpu() for tensor in tensors)
+
+
+class Kernels:
+    def lowrank_gemm(
+        self, x, weight, *, z=None, u=None, num_outs=None, ranks=None, transposed=True, scaling=1.0, bias=None,
+        scale=None, residual=None, out=None, block_n=None, num_programs=None,
+    ):  # fmt: skip
+        num_out = weight.shape[0] if transposed else weight.shape[1]
+        if out is None:
+            out = torch.full((x.shape[0], -(-num_out // 8) * 8), torch.nan, dtype=x.dtype)[:, :num_out]
+        gpu_out = on_gpu(out)
+        gpu_residual = gpu_out if residual is out else on_gpu(residual)
+        x, weight, z, u, bias, scale = (on_gpu(tensor) for tensor in (x, weight, z, u, bias, scale))
+        num_outs, ranks = num_outs or [num_out], ranks or [0 if z is None else z.shape[1]]
+        torch.ops.mmpeft_fast_cuda.lowrank_gemm_out(
+            x, weight, z, u, scaling, num_outs, ranks, transposed, bias, scale, gpu_residual, gpu_out
+        )
+        # Everything around `out` too: what the kernel wrote there must show.
+        whole = torch.empty(0, dtype=out.dtype).set_(out.untyped_storage())
+        whole.copy_(torch.empty(0, dtype=out.dtype, device="cuda").set_(gpu_out.untyped_storage()))
+        return out
+
+    def dy_pass(
+        self, dy, a, u, *, num_outs, ranks, scaling=1.0, activation="identity", rows_per_chunk=None, need_da=True,
+        need_du=True,
+    ):  # fmt: skip
+        grads = torch.ops.mmpeft_fast_cuda.dy_pass(
+            on_gpu(dy), on_gpu(a), on_gpu(u), list(num_outs), list(ranks), scaling, activation, need_da, need_du
+        )
+        return on_cpu(grads)
+
+    def prologue(
+        self, x, up=None, *, name="none", gain=None, eps=1e-6, in_scale=None, down=None, activation="identity", p=0.0,
+        seed=None, stream=0, rstd=None, write_h=True,
+    ):  # fmt: skip
+        x, up, gain, in_scale, rstd, down, seed = map(
+            on_gpu, (x, up, gain, in_scale, rstd, down, seed if p > 0.0 else None)
+        )
+        h, new_rstd, a, z = torch.ops.mmpeft_fast_cuda.prologue(
+            name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h
+        )
+        return on_cpu((h, new_rstd if rstd is None else rstd, a, z))
+
+    def prologue_backward(
+        self, dh, x, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
+        stream=0, dresidual=None, need_dx=True, need_dgain=False, need_din_scale=False, dx=None,
+    ):  # fmt: skip
+        if need_dx and dx is None:
+            dx = torch.full(x.shape, torch.nan, dtype=x.dtype)
+        gpu_dx = on_gpu(dx)
+        gpu_dup = torch.full(x.shape, torch.nan, dtype=x.dtype, device="cuda") if name == "swiglu" else None
+        dh, x, up, gain, in_scale, rstd, da, down, seed, dresidual = map(
+            on_gpu, (dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, dresidual)
+        )
+        dgain, din_scale = torch.ops.mmpeft_fast_cuda.prologue_backward(
+            name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, gpu_dx, gpu_dup, need_dgain,
+            need_din_scale,
+        )  # fmt: skip
+        if dx is not None:
+            dx.copy_(gpu_dx)
+        return on_cpu((dx, gpu_dup, dgain, din_scale))
