@@ -8,6 +8,7 @@ MMPEFT_FAST_SANITIZE=1 builds it with the address and undefined-behaviour saniti
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def build_options() -> dict:
     class Build(BuildExtension):
         """A compile that fails is a warning: the package runs without its extension."""
 
-        def build_extension(self, ext):
+        def build_extensions(self):
             try:
-                super().build_extension(ext)
-            except (RuntimeError, OSError, BaseError) as error:
+                super().build_extensions()
+            except (RuntimeError, OSError, BaseError, subprocess.SubprocessError) as error:
                 _without_extension(f"its compile failed ({str(error).splitlines()[0]})")
 
     sources = ["csrc/registration.cpp", "csrc/module.cpp", *_sources("csrc/cpu", "cpp")]

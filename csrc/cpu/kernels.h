@@ -1,0 +1,183 @@
+// The row kernels of the CPU provider: what they are given, and the table of one build of them.
+//
+// Each kernel works on a range of rows of plain arrays and knows no torch, no threads and no allocation; the torch
+// entries beside this file check, allocate and run ranges in parallel. The same sources are built once for each
+// instruction set (isa/); `kernels()` is the table in use. Strides count elements; columns are contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace mmpeft {
+
+enum Dtype : int { kFloat32, kBFloat16, kFloat16, kNumDtypes };
+enum class Prologue : int { kNone, kRmsNorm, kSwiglu };
+enum class Activation : int { kIdentity, kTanh, kRelu, kGelu, kSilu };
+
+// Dropout of rows and columns: Philox4x32-7 under key `seed`; an element is kept where its signed 16-bit lane is at
+// least `threshold`. No dropout while `active` is false.
+struct Dropout {
+  bool active = false;
+  uint64_t seed = 0;
+  uint32_t stream = 0;
+  int32_t threshold = 0;
+};
+
+struct ConstRows {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// An array [B, heads, T, DH] in any layout whose last stride is one.
+struct ConstHeads {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+struct Heads {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+struct KeepBitsArgs {
+  Rows keep;  // int16, int32 or int64
+  int itemsize;
+  int64_t width;
+  Dropout dropout;
+};
+
+struct PrologueArgs {
+  Prologue name;
+  int64_t width;
+  float eps;
+  ConstRows x, up;        // up: of swiglu
+  const float* gain;      // [width], of rms_norm
+  const float* in_scale;  // [width] or null
+  const float* rstd;      // [rows], used instead of computed, or null
+  float* rstd_out;        // [rows] or null
+  Rows h, dropped;        // either may be null
+  Dropout dropout;
+};
+
+struct PrologueBackwardArgs {
+  Prologue name;
+  int64_t width;
+  ConstRows dh, low;  // low: da D, or null
+  float low_factor;   // 1 / keep, applied to low
+  Dropout dropout;    // of low and of `dropped`
+  ConstRows x, up;
+  const float* gain;
+  const float* in_scale;
+  const float* rstd;
+  ConstRows dresidual;    // added to dx, or null
+  Rows dx, dup, dropped;  // each may be null
+};
+
+struct HeadsArgs {
+  int64_t heads, head_dim, length;  // rows are b * length + t
+  float eps;
+  ConstHeads x;
+  const float* scale;  // [heads * head_dim] or null
+  const float* gain;   // [head_dim] or null
+  Dtype angle_dtype;
+  ConstHeads cos, sin;  // `head` unused; null data: no rotation
+  Heads out;
+};
+
+struct HeadsBackwardArgs {
+  int64_t heads, head_dim, length;
+  float eps;
+  ConstHeads dy;
+  ConstHeads x;  // null where neither dscale nor the gain needs it
+  const float* scale;
+  const float* gain;
+  Dtype angle_dtype;
+  ConstHeads cos, sin;
+  Heads dx;  // may be null
+};
+
+// Prefix keys and values as float32 [HK, P, DH], and transposed with P padded by zeros to `padded`: [HK, DH, padded].
+struct PrefixTables {
+  int64_t num_prefix, padded;
+  const float *k, *v, *k_transposed, *v_transposed;
+};
+
+struct MergePrefixArgs {
+  int64_t heads, length, head_dim, group_size;  // rows are (b * heads + h) * length + t
+  float scale;
+  ConstHeads q;
+  PrefixTables prefix;
+  Heads out;  // read and written
+  float* lse;
+  int64_t lse_batch, lse_head, lse_token;
+  const bool* alive;  // or null
+  int64_t alive_batch, alive_head, alive_token;
+};
+
+struct PrefixBackwardArgs {
+  int64_t length, head_dim, group_size;  // rows of one key/value head are (b * group_size + g) * length + t
+  float scale;
+  ConstHeads dout, q, out;
+  PrefixTables prefix;
+  const float* lse;
+  int64_t lse_batch, lse_head, lse_token;
+  Heads dq;  // read and written
+};
+
+struct CrossEntropyArgs {
+  int64_t num_words;
+  Rows logits;
+  const int64_t* labels;
+  float count;
+  bool need_grad;
+  float* losses;  // [rows]
+};
+
+struct ActivationArgs {
+  Activation activation;
+  int64_t width;
+  ConstRows dz;  // null: out = f(a); else out = dz f'(a)
+  ConstRows a;
+  Rows out;
+};
+
+template <typename Args>
+using RowKernel = void (*)(const Args&, int64_t begin, int64_t end);
+
+// Tables are indexed by Dtype.
+struct Kernels {
+  const char* name;
+  int lanes;  // floats in a vector
+  RowKernel<KeepBitsArgs> keep_bits;
+  RowKernel<PrologueArgs> prologue[kNumDtypes];
+  // scratch: [width] of rms_norm with dx. dgain, din_scale: [width] sums that the range is added to, or null.
+  void (*prologue_backward[kNumDtypes])(const PrologueBackwardArgs&, int64_t begin, int64_t end, float* scratch,
+                                        float* dgain, float* din_scale);
+  // scratch: [3 * head_dim].
+  void (*heads[kNumDtypes])(const HeadsArgs&, int64_t begin, int64_t end, float* scratch);
+  // scratch: [3 * head_dim]. dscale [heads * head_dim], dgain [head_dim]: sums that the range is added to, or null.
+  void (*heads_backward[kNumDtypes])(const HeadsBackwardArgs&, int64_t begin, int64_t end, float* scratch,
+                                     float* dscale, float* dgain);
+  // scratch: [padded + head_dim].
+  void (*merge_prefix[kNumDtypes])(const MergePrefixArgs&, int64_t begin, int64_t end, float* scratch);
+  // Rows of key/value head `kv_head`. scratch: [16 * (padded + head_dim)]. dk, dv [P, DH]: sums that are added to.
+  void (*prefix_backward[kNumDtypes])(const PrefixBackwardArgs&, int64_t kv_head, int64_t begin, int64_t end,
+                                      float* scratch, float* dk, float* dv);
+  RowKernel<CrossEntropyArgs> cross_entropy[kNumDtypes];
+  RowKernel<ActivationArgs> activation[kNumDtypes];
+};
+
+// The table in use: the best that the processor runs, or what `use_instruction_set` asked for.
+const Kernels& kernels();
+
+// Names of the instruction sets that this processor runs, worst first; null-terminated.
+const char* const* instruction_sets();
+
+// Whether the name is one of them; then `kernels()` is its table from now on.
+bool use_instruction_set(const char* name);
+
+}  // namespace mmpeft

@@ -1,0 +1,32 @@
+// The table of one build of the row kernels. The including file sets MMPEFT_ISA (its namespace) and MMPEFT_LANES.
+#pragma once
+
+#include "csrc/cpu/rows/cross_entropy.h"
+#include "csrc/cpu/rows/elementwise.h"
+#include "csrc/cpu/rows/heads.h"
+#include "csrc/cpu/rows/prefix.h"
+#include "csrc/cpu/rows/prologue.h"
+#include "csrc/cpu/rows/prologue_backward.h"
+
+#define MMPEFT_FOR_EACH_DTYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
+
+namespace mmpeft {
+namespace MMPEFT_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    MMPEFT_NAME,
+    kLanes,
+    keep_bits,
+    MMPEFT_FOR_EACH_DTYPE(prologue),
+    MMPEFT_FOR_EACH_DTYPE(prologue_backward),
+    MMPEFT_FOR_EACH_DTYPE(heads),
+    MMPEFT_FOR_EACH_DTYPE(heads_backward),
+    MMPEFT_FOR_EACH_DTYPE(merge_prefix),
+    MMPEFT_FOR_EACH_DTYPE(prefix_backward),
+    MMPEFT_FOR_EACH_DTYPE(cross_entropy),
+    MMPEFT_FOR_EACH_DTYPE(activation),
+};
+
+}  // namespace MMPEFT_ISA
+}  // namespace mmpeft
