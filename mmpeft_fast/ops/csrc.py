@@ -1,12 +1,11 @@
-"""The native extension: whether it is there, why not, and fakes of its ops, `torch.ops.mmpeft_fast_c.*`.
+"""The native extension: whether it is there, why not, and fakes of its ops.
 
-Every op writes to tensors that the caller gives and returns nothing (csrc/cpu/ops.h says what each does), so a fake has
-nothing to do.
+`torch.ops.mmpeft_fast_c.*` (C++): every op writes to tensors that the caller gives and returns nothing (csrc/cpu/ops.h
+says what each does), so a fake has nothing to do. `torch.ops.mmpeft_fast_cuda.*`: csrc/cuda/registration.cpp.
 """
 
 import functools
 import importlib
-import os
 from types import ModuleType
 
 import torch
@@ -19,6 +18,34 @@ OPS = (
 
 def _nothing(*arguments) -> None:
     return None
+
+
+def _fake_dy_pass(dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du):
+    return dy.new_empty(a.shape if need_da else 0), u.new_empty(u.shape if need_du else 0)
+
+
+def _fake_prologue(name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h):
+    ranks = 0 if down is None else (x.shape[0], down.shape[0])
+    rows = x.shape[0] if name == "rms_norm" and rstd is None else 0
+    z = x.new_empty(ranks if activation != "identity" else 0)
+    return x.new_empty(x.shape if write_h else 0), x.new_empty(rows, dtype=torch.float32), x.new_empty(ranks), z
+
+
+def _fake_prologue_backward(
+    name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, dx, dup, need_dgain, need_din_scale
+):
+    return (
+        dh.new_empty(0) if not need_dgain else torch.empty_like(gain),
+        dh.new_empty(0) if not need_din_scale else torch.empty_like(in_scale),
+    )
+
+
+_CUDA_FAKES = {
+    "lowrank_gemm_out": _nothing,
+    "dy_pass": _fake_dy_pass,
+    "prologue": _fake_prologue,
+    "prologue_backward": _fake_prologue_backward,
+}
 
 
 @functools.cache
@@ -35,9 +62,9 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
         return None, f"the native extension {built}; build it again"
     for name in OPS:
         torch.library.register_fake(f"mmpeft_fast_c::{name}", _nothing)
-    wanted = os.environ.get("MMPEFT_FAST_ISA")
-    if wanted:
-        module.use_instruction_set(wanted)
+    if hasattr(torch.ops.mmpeft_fast_cuda, "lowrank_gemm_out"):
+        for name, fake in _CUDA_FAKES.items():
+            torch.library.register_fake(f"mmpeft_fast_cuda::{name}", fake)
     return module, None
 
 
@@ -45,12 +72,10 @@ def extension() -> ModuleType:
     """The extension's module: `instruction_set()`, `instruction_sets()`, `use_instruction_set(name)`, `num_lanes()`,
     `torch_version`, `compiler`. Its ops are registered after this.
 
-    The instruction set is the processor's best, or MMPEFT_FAST_ISA (default, avx2, avx512 or avx512_bf16): it changes
-    the speed, and results by no more than their rounding.
+    The instruction set is the processor's best; a lower one changes the speed, and results by their rounding.
 
     Raises:
         RuntimeError: it is not there.
-        ValueError: MMPEFT_FAST_ISA names no instruction set of this processor.
     """
     module, reason = _loaded()
     if module is None:
@@ -61,3 +86,12 @@ def extension() -> ModuleType:
 def why_unavailable() -> str | None:
     """One line on why there is no extension; None where there is one."""
     return _loaded()[1]
+
+
+def why_no_cuda() -> str | None:
+    """One line on why the extension has no CUDA kernels; None where it has them."""
+    if why_unavailable() is not None:
+        return why_unavailable()
+    if not hasattr(torch.ops.mmpeft_fast_cuda, "lowrank_gemm_out"):
+        return "the native extension was built without CUDA; it needs nvcc and a CUDA build of torch"
+    return None

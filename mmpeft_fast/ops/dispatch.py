@@ -100,7 +100,7 @@ def _choose_on_cpu() -> tuple[str, str]:
     from mmpeft_fast.ops import csrc
 
     reason = csrc.why_unavailable()
-    if reason is None and False:
+    if reason is None:
         return "cpu", "C++ kernels, measured in bench/results"
     return "torch", f"plain PyTorch with a hand-written backward; the C++ extension is not there: {reason}"
 

@@ -1,7 +1,8 @@
 """The kernel set on Triton: every function hands its operands to a launcher of `mmpeft_kernels`.
 
 What one launch cannot take (several masks, branches that differ in scaling) becomes several launches, never another
-result. Semantics and argument shapes are those of `kernels_torch`.
+result. Semantics and argument shapes are those of `kernels_torch`; `launch` stands for the launcher, which the CUDA
+provider replaces by its own of the same signature.
 """
 
 from collections.abc import Sequence
@@ -62,11 +63,12 @@ def prologue(
     rstd: Tensor | None = None,
     need_h: bool = True,
     h_out: Tensor | None = None,
+    launch=prologue_kernel.prologue,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `kernels_torch.prologue`; a known rstd is computed again with the rest of the row."""
     down, mask = (None, None) if low_rank is None else low_rank
     tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
-    h, rstd, a, _ = prologue_kernel.prologue(
+    h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,
         tile=tile,
     )  # fmt: skip
@@ -86,6 +88,7 @@ def prologue_backward(
     need_din_scale: bool = False,
     dresidual: Tensor | None = None,
     dx_out: tuple[Tensor, ...] | None = None,
+    launch=prologue_backward_kernel.prologue_backward,
 ) -> PrologueGrads:
     """As `kernels_torch.prologue_backward`: a launch and a reduction for each dD, one launch for the rest."""
     rstd = None if rstd is None else rstd.view(-1)
@@ -100,7 +103,7 @@ def prologue_backward(
     if dh is None:
         return PrologueGrads((None,) * len(x), None, None, ddowns)
     for (down, mask), da in low_rank[1:]:
-        dh = prologue_backward_kernel.prologue_backward(dh, da=da, down=down, **_mask_options(mask)).dx
+        dh = launch(dh, da=da, down=down, **_mask_options(mask)).dx
     product = {}
     if low_rank:
         (down, mask), da = low_rank[0]
@@ -108,7 +111,7 @@ def prologue_backward(
     if not low_rank and spec.name == "none" and spec.in_scale is None and dresidual is None and dx_out is None:
         return PrologueGrads((dh if need_dx[0] else None,), None, None, ddowns)
     outs = {} if dx_out is None else dict(zip(("dx_out", "dup_out"), dx_out, strict=False))
-    grads = prologue_backward_kernel.prologue_backward(
+    grads = launch(
         dh, *x, **options, **product, **outs, rstd=rstd, dresidual=dresidual, need_dx=need_dx[0], need_dup=need_dx[-1],
         need_dgain=need_dgain, need_din_scale=need_din_scale,
         tile=_tile("prologue_backward", dh, m=dh.shape[0], k=dh.shape[1], r=product["da"].shape[1] if product else 0),
@@ -146,7 +149,7 @@ def _gemm_tile(direction: str, x: Tensor, operands: Sequence[Tensor | None], seg
     return gemm.default_tile(arch, x.element_size(), use_tma=False)
 
 
-def _run_gemm(direction: str, x, weight, out, *, bias=None, residual=None, **low_rank) -> Tensor:
+def _launch_gemm(direction: str, x, weight, out, *, bias=None, residual=None, **low_rank) -> Tensor:
     """Gluon's kernel where it was measured as the fastest and can take the operands, else the plain one."""
     segments, z = low_rank.get("segments"), low_rank.get("z")
     rank = 0 if z is None else max(segment.rank for segment in segments)
@@ -162,7 +165,13 @@ def _run_gemm(direction: str, x, weight, out, *, bias=None, residual=None, **low
 
 
 def lowrank_gemm(
-    x: Tensor, weight: Tensor, terms: Sequence[Term] = (), *, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    terms: Sequence[Term] = (),
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    launch=_launch_gemm,
 ) -> Tensor:
     """As `kernels_torch.lowrank_gemm`; terms that one launch cannot take are added after it. Where the device's table
     says that the library's GEMM is faster, that runs."""
@@ -173,18 +182,19 @@ def lowrank_gemm(
     if dispatch.gemm_realisation(x, num_out, rank, direction="fwd") in ("composite", "layout"):
         return kernels_torch.lowrank_gemm(x, weight, terms, bias=bias, residual=residual)
     together = _in_one_launch(terms, num_out)
-    y = _run_gemm("fwd", x, weight, x.new_empty(x.shape[0], num_out), bias=bias, residual=residual, **(together or {}))
+    out = x.new_empty(x.shape[0], num_out)
+    y = launch("fwd", x, weight, out, bias=bias, residual=residual, **(together or {}))
     for term in () if together else terms:
         y[:, term.start : term.stop].addmm_(term.z, term.up.to(y.dtype).t(), alpha=term.scaling)
     return y
 
 
-def lowrank_gemm_dx(dy: Tensor, weight: Tensor, *, into: Tensor | None = None) -> Tensor:
+def lowrank_gemm_dx(dy: Tensor, weight: Tensor, *, into: Tensor | None = None, launch=_launch_gemm) -> Tensor:
     """As `kernels_torch.lowrank_gemm_dx`."""
     if dispatch.gemm_realisation(dy, weight.shape[1], 0, direction="dx") in ("composite", "layout"):
         return kernels_torch.lowrank_gemm_dx(dy, weight, into=into)
     out = dy.new_empty(dy.shape[0], weight.shape[1]) if into is None else into
-    return _run_gemm("dx", dy, weight, out, residual=into)
+    return launch("dx", dy, weight, out, residual=into)
 
 
 def dy_pass(
@@ -196,33 +206,34 @@ def dy_pass(
     activations: Sequence[str],
     need_da: Sequence[bool],
     need_dup: Sequence[bool],
+    launch=dy_pass_launch,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """As `kernels_torch.dy_pass`: one pass over all dy where they are columns of one buffer and agree in the rest."""
-    alike = (
-        len(set(zip(scalings, activations, [up.shape[1] for up in ups], [up.dtype for up in ups], strict=True))) == 1
-    )
-    dy = stacking.as_columns(dys) if alike else None
+    kinds = {(s, f, up.shape[1], up.dtype) for s, f, up in zip(scalings, activations, ups, strict=True)}
+    dy = stacking.as_columns(dys) if len(kinds) == 1 else None
     if dy is None:
         pairs = [
-            _dy_pass([dy_i], [a_i], [up], dy_i, s, f, da, dup)
+            _dy_pass(launch, [a_i], [up], dy_i, s, f, da, dup)
             for dy_i, a_i, up, s, f, da, dup in zip(dys, a, ups, scalings, activations, need_da, need_dup, strict=True)
         ]
         return [das[0] for das, _ in pairs], [dups[0] for _, dups in pairs]
-    das, dups = _dy_pass(dys, a, ups, dy, scalings[0], activations[0], any(need_da), any(need_dup))
+    das, dups = _dy_pass(launch, a, ups, dy, scalings[0], activations[0], any(need_da), any(need_dup))
     return (
         [da if wanted else None for da, wanted in zip(das, need_da, strict=True)],
         [dup if wanted else None for dup, wanted in zip(dups, need_dup, strict=True)],
     )
 
 
-def _dy_pass(dys, a, ups, dy, scaling, activation, need_da, need_dup):
+def _dy_pass(launch, a, ups, dy, scaling, activation, need_da, need_dup):
     """One launch of the pass; lists of da and dU by branch."""
-    segments = [SegmentShape(up.shape[0], up.shape[1]) for up in ups]
-    da, dup = dy_pass_launch(
-        dy, stacking.columns(a), stacking.rows(ups), segments=segments, scaling=scaling, activation=activation,
-        need_da=need_da, need_du=need_dup, tile=_tile("dy_pass", dy, m=dy.shape[0], n=dy.shape[1], r=ups[0].shape[1]),
-    )  # fmt: skip
     none = [None] * len(ups)
+    if not (need_da or need_dup):
+        return none, none
+    da, dup = launch(
+        dy, stacking.columns(a), stacking.rows(ups), segments=[SegmentShape(*up.shape) for up in ups], scaling=scaling,
+        activation=activation, need_da=need_da, need_du=need_dup,
+        tile=_tile("dy_pass", dy, m=dy.shape[0], n=dy.shape[1], r=ups[0].shape[1]),
+    )  # fmt: skip
     return (
         none if da is None else list(da.split([up.shape[1] for up in ups], dim=1)),
         none if dup is None else list(dup.split([up.shape[0] for up in ups])),

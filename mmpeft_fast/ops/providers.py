@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmpeft_fast.ops import csrc, dispatch, kernels_torch
 
-PROVIDERS = ("torch", "cpu", "triton")
+PROVIDERS = ("torch", "cpu", "triton", "cuda")
 
 _forced: ContextVar[str | None] = ContextVar("mmpeft_fast_provider", default=None)
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,11 @@ def why_not_installed(name: str) -> str | None:
     """What is missing for a provider, or None."""
     if name == "cpu":
         return csrc.why_unavailable()
-    if name == "triton" and any(importlib.util.find_spec(part) is None for part in ("triton", "mmpeft_kernels")):
+    if name == "cuda" and csrc.why_no_cuda() is not None:
+        return csrc.why_no_cuda()
+    if name in ("triton", "cuda") and any(
+        importlib.util.find_spec(part) is None for part in ("triton", "mmpeft_kernels")
+    ):
         return "run: pip install triton"
     return None
 
@@ -69,9 +73,9 @@ def kernel_set(op: str, x: Tensor) -> ModuleType:
 
 
 @functools.cache
-def log_fallback(op: str, name: str, reason: str) -> None:
-    """Says once that the torch provider stands in."""
-    _logger.warning("%s: the %s provider cannot run %s; the torch provider does", op, name, reason)
+def log_fallback(op: str, name: str, reason: str, stand_in: str = "torch") -> None:
+    """Says once that another provider stands in."""
+    _logger.warning("%s: the %s provider cannot run %s; the %s provider does", op, name, reason, stand_in)
 
 
 def provider_report(device: torch.device | str = "cpu") -> list[tuple[str, str, str]]:

@@ -13,17 +13,17 @@ from tests.ops.calls import as_tuple, make_call
 from tests.ops.test_fused_linear import run
 
 
-def run_on_triton(call, **options):
+def run_on_triton(call, name="triton", **options):
     def forward(*arguments, **keywords):
-        with provider("triton"):
+        with provider(name):
             return fused_linear(*arguments, **keywords)
 
     return run(call, forward, **options)
 
 
-def used(call) -> object:
+def used(call, name="triton") -> object:
     """The kernels that the call really ran on."""
-    with provider("triton"):
+    with provider(name):
         output = as_tuple(fused_linear(*call.arguments(), **call.options))[0]
     node = output.grad_fn
     while not hasattr(node, "kernels"):
@@ -44,9 +44,9 @@ def stacked(call):
     return call.map(lambda tensor: moved.get(id(tensor), tensor))
 
 
-def check_against_eager(call):
-    assert used(call) is kernels_triton
-    outputs, upstream, grads = run_on_triton(call)
+def check_against_eager(call, name="triton", kernels=kernels_triton):
+    assert used(call, name) is kernels
+    outputs, upstream, grads = run_on_triton(call, name)
     eager, _, eager_grads = run(call, fused_linear_ref, upstream=upstream)
     wide = call.map(lambda tensor: tensor.detach().double().requires_grad_(tensor.requires_grad))
     truth, _, true_grads = run(wide, fused_linear_ref, upstream=[grad.double() for grad in upstream])

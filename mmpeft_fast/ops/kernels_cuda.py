@@ -1,0 +1,146 @@
+"""The kernel set with the extension's CUDA kernels (csrc/cuda) for GEMM, dy pass and prologues; the rest is Triton's.
+
+Every function hands the Triton provider's function a launcher of the same signature. What a CUDA kernel cannot take
+goes to the Triton kernel, with one log line a reason.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from mmpeft_kernels import prologue as prologue_triton
+from mmpeft_kernels.prologue_backward import PrologueGrads as LaunchedGrads
+from mmpeft_kernels.segments import SegmentShape
+from torch import Tensor
+
+from mmpeft_fast.ops import csrc, kernels_triton
+from mmpeft_fast.ops.kernels_triton import (
+    cross_entropy_,
+    heads,
+    heads_backward,
+    keep_bits,
+    merge_prefix,
+    post_branch,
+    prefix_backward,
+)
+from mmpeft_fast.ops.providers import log_fallback
+
+__all__ = [
+    "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm", "lowrank_gemm_dx",
+    "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward", "unsupported",
+]  # fmt: skip
+
+_DTYPES = (torch.bfloat16, torch.float16)
+# What the GEMM asks of its operands: TMA's alignment, whole instruction tiles of inner segments and ranks.
+_TMA_BYTES, _SEGMENT_COLUMNS, _RANK_MULTIPLE, _MAX_SEGMENTS = 16, 64, 8, 4
+_ops = torch.ops.mmpeft_fast_cuda
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why this provider cannot run calls on tensors like x, or None."""
+    if csrc.why_no_cuda() is not None:
+        return f"anything: {csrc.why_no_cuda()}"
+    if x.dtype not in _DTYPES:
+        return str(x.dtype).removeprefix("torch.")
+    return None if x.is_cuda else f"tensors on {x.device.type}"
+
+
+def _unaligned(**matrices: Tensor | None) -> str | None:
+    for name, matrix in matrices.items():
+        if matrix is None:
+            continue
+        stride_bytes = matrix.stride(0) * matrix.element_size()
+        if matrix.data_ptr() % _TMA_BYTES or stride_bytes % _TMA_BYTES or matrix.stride(1) != 1:
+            return f"{name} with rows of {stride_bytes} bytes (needs whole {_TMA_BYTES})"
+    return None
+
+
+def gemm_obstacle(x, weight, out, *, residual=None, z=None, u=None, segments=()) -> str | None:
+    """Why the Hopper GEMM cannot take these operands, or None."""
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return f"compute capability {capability} (needs 9.0)"
+    if len(segments) > _MAX_SEGMENTS:
+        return f"{len(segments)} segments (at most {_MAX_SEGMENTS})"
+    inner = segments[:-1]
+    if any(segment.num_out % _SEGMENT_COLUMNS or segment.rank % _RANK_MULTIPLE for segment in inner):
+        return f"inner segments of {[tuple(segment) for segment in inner]}"
+    return _unaligned(x=x, weight=weight, out=out, residual=residual, z=z, u=u)
+
+
+def _launch_gemm(direction, x, weight, out, *, bias=None, residual=None, z=None, u=None, scaling=1.0, segments=None):
+    u = None if u is None else u.to(x.dtype)
+    shapes = segments or [SegmentShape(out.shape[1], 0 if z is None else z.shape[1])]
+    obstacle = gemm_obstacle(x, weight, out, residual=residual, z=z, u=u, segments=shapes)
+    if obstacle is not None:
+        log_fallback("lowrank_gemm", "cuda", obstacle, "triton")
+        low_rank = {} if z is None else {"z": z, "u": u, "scaling": scaling, "segments": segments}
+        return kernels_triton._launch_gemm(direction, x, weight, out, bias=bias, residual=residual, **low_rank)
+    _ops.lowrank_gemm_out(
+        x, weight, z, u, scaling, [shape.num_out for shape in shapes], [shape.rank for shape in shapes],
+        direction == "fwd", bias, None, residual, out,
+    )  # fmt: skip
+    return out
+
+
+def _launch_prologue(
+    x, up=None, *, name, gain, eps, in_scale, down=None, p=0.0, seed=None, stream=0, write_h=True, h_out=None, tile=None
+):
+    if h_out is not None:
+        log_fallback("prologue", "cuda", "h in a wider buffer", "triton")
+        return prologue_triton.prologue(
+            x, up, name=name, gain=gain, eps=eps, in_scale=in_scale, down=down, p=p, seed=seed, stream=stream,
+            write_h=write_h, h_out=h_out, tile=tile,
+        )  # fmt: skip
+    changes = name != "none" or in_scale is not None
+    if not changes and down is None:
+        return x, None, None, None
+    h, rstd, a, _ = _ops.prologue(
+        name, x, up, gain, eps, in_scale, None, down, "identity", seed if p > 0.0 else None, p, stream,
+        write_h and changes,
+    )  # fmt: skip
+    return (x if write_h and not changes else h), rstd, a, a
+
+
+def _launch_prologue_backward(
+    dh, x=None, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
+    stream=0, dresidual=None, need_dx=True, need_dup=True, need_dgain=False, need_din_scale=False, dx_out=None,
+    dup_out=None, tile=None,
+):  # fmt: skip
+    dx = (dh.new_empty(dh.shape) if dx_out is None else dx_out) if need_dx else None
+    needs_dup = need_dup and name == "swiglu"
+    dup = (dh.new_empty(dh.shape) if dup_out is None else dup_out) if needs_dup else None
+    dgain, din_scale = _ops.prologue_backward(
+        name, dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, p, stream, dresidual, dx, dup,
+        need_dgain and name == "rms_norm", need_din_scale and in_scale is not None,
+    )  # fmt: skip
+    return LaunchedGrads(dx, dup, dgain, din_scale)
+
+
+def _launch_dy_pass(dy, a, u, *, segments, scaling, activation, need_da, need_du, tile=None):
+    num_outs, ranks = ([getattr(segment, field) for segment in segments] for field in ("num_out", "rank"))
+    return _ops.dy_pass(dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du)
+
+
+def prologue(*arguments, **options) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `kernels_torch.prologue`, by csrc/cuda/prologue.cu."""
+    return kernels_triton.prologue(*arguments, launch=_launch_prologue, **options)
+
+
+def prologue_backward(*arguments, **options):
+    """As `kernels_torch.prologue_backward`, by csrc/cuda/prologue_backward.cu; dD by Triton."""
+    return kernels_triton.prologue_backward(*arguments, launch=_launch_prologue_backward, **options)
+
+
+def lowrank_gemm(*arguments, **options) -> Tensor:
+    """As `kernels_torch.lowrank_gemm`, by csrc/cuda/lowrank_gemm_sm90.cu."""
+    return kernels_triton.lowrank_gemm(*arguments, launch=_launch_gemm, **options)
+
+
+def lowrank_gemm_dx(*arguments, **options) -> Tensor:
+    """As `kernels_torch.lowrank_gemm_dx`, by csrc/cuda/lowrank_gemm_sm90.cu."""
+    return kernels_triton.lowrank_gemm_dx(*arguments, launch=_launch_gemm, **options)
+
+
+def dy_pass(dys: Sequence[Tensor], *arguments, **options):
+    """As `kernels_torch.dy_pass`, by csrc/cuda/dy_pass.cu."""
+    return kernels_triton.dy_pass(dys, *arguments, launch=_launch_dy_pass, **options)
