@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help study test lint bench cpu-bench sanitize clean
+.PHONY: help study test lint bench cpu-bench sanitize clean gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make bench   step-time benchmark: results/bench/"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
 	@echo "make sanitize    the C++ kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make gpu     builds, checks, tunes and times on an NVIDIA GPU, in nine minutes: results/gpu/"
 	@echo "make clean   removes what the build and the tests left, not .venv and not results"
 
 # The stamp is written last, so that an interrupted set-up starts again.
@@ -49,6 +50,9 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -o pythonpath="build/sanitize ." -p no:cacheprovider tests/csrc $(ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu --out results/gpu
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
