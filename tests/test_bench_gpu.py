@@ -276,7 +276,8 @@ def test_names_of_checks_are_unique_and_found():
     assert {item["dtype"] for item in checks.items(["cuda"], [], "cpu")} == {"bf16", "fp16"}
     assert checks.items([], [], "cpu") == []
     assert len({json.dumps(item) for item in items}) == len(items)
-    assert {item["kind"] for item in [*items, *checks.test_files()]} == set(checks._KINDS)
+    everything = [*items, *checks.test_files(), *checks.extension_tests()]
+    assert {item["kind"] for item in everything} == set(checks._KINDS)
     assert len(checks.test_files()) >= 10
 
 
@@ -460,3 +461,12 @@ def test_settings_are_published_models_and_ratios_stay_within_one():
         {"setting": "b", "implementation": "frozen", "error": "OutOfMemoryError"},
     ]
     assert [row.get("x_frozen") for row in step_times.with_ratios(rows)] == [1.0, 1.5, None, None]
+
+
+def test_the_extensions_tests_have_to_run_to_pass():
+    """Where nothing is built for a GPU all of them are skipped: that proves nothing."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the tests run")
+    (item,) = [item for item in checks.extension_tests() if "sanitizer" not in item["name"]]
+    (row,) = checks.run(**item)
+    assert not row["ok"] and "skipped" in row["reason"]

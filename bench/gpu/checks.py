@@ -5,6 +5,9 @@ if the check passes: <provider>:<op of `dispatch.OPS`> and gemm:<way>.
 """
 
 import importlib
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -85,6 +88,14 @@ def test_files() -> list[dict]:
         _item("tests", path.relative_to(ROOT).as_posix(), "as the test says", "triton", "cuda")
         for path in files + gluon
     ]
+
+
+def extension_tests() -> list[dict]:
+    """The CUDA kernels' own tests, also under compute-sanitizer where there is one; keyword arguments of `run`."""
+    names = ["tests/csrc_cuda/test_kernels.py"]
+    if shutil.which("compute-sanitizer"):
+        names.append(f"compute-sanitizer {names[0]}")
+    return [_item("extension", name, "as the test says", "cuda", "cuda") for name in names]
 
 
 def _item(kind: str, name: str, dtype: str, provider: str, device: str) -> dict:
@@ -243,6 +254,27 @@ def _tests(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
         yield {"rests": rests, **row}
 
 
+def _extension(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
+    """The tests of the extension's CUDA ops in a process of their own: their tensors come from the CPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "gpu",
+        str(ROOT / name.split()[-1]),
+    ]
+    if name.startswith("compute-sanitizer"):
+        command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *command, "--maxfail", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    row = {"ok": done.returncode == 0 and " passed" in last, "summary": last}
+    yield {"rests": _of("cuda", OPS), **row, **({} if row["ok"] else {"reason": f"status {done.returncode}: {last}"})}
+
+
 def _reason(report) -> dict[str, str]:
     if report.passed:
         return {}
@@ -250,4 +282,7 @@ def _reason(report) -> dict[str, str]:
     return {"reason": (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]}
 
 
-_KINDS = {"kernel": _kernel, "op": _op, "gemm": _gemm, "race": _race, "model": _model, "tests": _tests}
+_KINDS = {
+    "extension": _extension, "kernel": _kernel, "op": _op, "gemm": _gemm, "race": _race, "model": _model,
+    "tests": _tests,
+}  # fmt: skip

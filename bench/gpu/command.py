@@ -120,7 +120,8 @@ def _checks(program: Program) -> str:
     items = checks.test_files() + checks.items(_providers(("torch", "triton")), ways, program.device)
     left = program.items("checks", "bench.gpu.checks:run", items, _SHARE_BEFORE_CUDA * seconds, **options)
     program.say(_end_build(program, program.budget.allowed("checks") / 2))
-    items = checks.items(_providers(("cuda",)), [], program.device)
+    cuda = _providers(("cuda",))
+    items = checks.items(cuda, [], program.device) + (checks.extension_tests() if cuda else [])
     left += program.items("checks", "bench.gpu.checks:run", items, program.budget.allowed("checks"), **options)
     program.unfinished = left
     rows = program.results.rows("checks")
