@@ -1,6 +1,7 @@
 """Bandwidth of the C++ kernels against a copy's, interleaved: python -m bench.cpu_kernels --dtype bf16 --out FILE.
 
-Bytes are those of every array a kernel has to read or write, once. Sizes are beyond the caches; all threads run.
+Bytes are those of every array a kernel has to read or write, once. Sizes are beyond the caches; all threads run. Rows
+say what bounds a kernel where it is not memory: Philox's multiplications with dropout, multiply-adds with a prefix.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.rows import append_rows, environment, interleaved, quantiles
-from mmpeft_fast.ops import csrc
+from mmpeft_fast.ops import csrc, kernels_cpu, kernels_torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPS = torch.ops.mmpeft_fast_c
@@ -25,6 +26,7 @@ class Kernel:
 
     run: Callable[[], object]
     num_bytes: int
+    bound: str = "memory"
 
 
 def _bytes_of(*tensors: Tensor) -> int:
@@ -45,7 +47,9 @@ def make_prologues(rows: int, width: int, dtype: torch.dtype) -> dict[str, Kerne
         out = rstd if name == "rms_norm" else None
         arrays = [array for array in (*given, h, dropped) if array is not None]
         return Kernel(
-            lambda: _OPS.prologue(name, *given, *norm, in_scale, None, *dropout, h, dropped, out), _bytes_of(*arrays)
+            lambda: _OPS.prologue(name, *given, *norm, in_scale, None, *dropout, h, dropped, out),
+            _bytes_of(*arrays),
+            "philox" if dropout is mask else "memory",
         )
 
     def backward(name, *, low=low, dropout=mask, x=x, dropped=dropped, gains=None, scales=None, residual=None):
@@ -58,7 +62,7 @@ def make_prologues(rows: int, width: int, dtype: torch.dtype) -> dict[str, Kerne
                 name, dh, low, 1.05, *dropout, *given, gain if is_norm else None, in_scale, rstd if is_norm else None,
                 residual, *wanted, dropped, gains, scales,
             ),
-            _bytes_of(*arrays),
+            _bytes_of(*arrays), "philox" if dropout is mask else "memory",
         )  # fmt: skip
 
     plain = {"low": None, "dropout": no_mask, "dropped": None}
@@ -110,17 +114,23 @@ def make_heads(rows: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict
 def make_prefix(rows: int, heads: int, head_dim: int, num_prefix: int, dtype: torch.dtype) -> dict[str, Kernel]:
     shape = (4, rows // 4, heads, head_dim)
     q, out, dout, dq = (torch.randn(shape).to(dtype).transpose(1, 2) for _ in range(4))
-    prefix_k, prefix_v, dk, dv = (torch.randn(heads, num_prefix, head_dim) for _ in range(4))
+    prefix_k, prefix_v = (torch.randn(heads, num_prefix, head_dim) for _ in range(2))
     lse, scale = torch.randn(shape[0], heads, shape[1]), head_dim**-0.5
-    return {
-        "prefix": Kernel(
-            lambda: _OPS.merge_prefix(q, prefix_k, prefix_v, scale, None, out, lse), _bytes_of(q, out, out, lse, lse)
-        ),
-        "prefix backward": Kernel(
-            lambda: _OPS.prefix_backward(dout, q, prefix_k, prefix_v, out, lse, scale, dq, dk, dv),
-            _bytes_of(dout, q, out, lse, dq, dq),
-        ),
-    }
+    forward_bytes, backward_bytes = _bytes_of(q, out, out, lse, lse), _bytes_of(dout, q, out, lse, dq, dq)
+    forward, backward = (q, prefix_k, prefix_v, out, lse), (dout, q, prefix_k, prefix_v, out, lse, dq)
+    kernels = {}
+    for name, provider in (("prefix", kernels_cpu), ("torch's prefix", kernels_torch)):
+        kernels[name] = Kernel(
+            lambda provider=provider: provider.merge_prefix(*forward, scale=scale, alive=None),
+            forward_bytes,
+            "multiply-adds",
+        )
+        kernels[f"{name} backward"] = Kernel(
+            lambda provider=provider: provider.prefix_backward(*backward, scale=scale),
+            backward_bytes,
+            "multiply-adds",
+        )
+    return kernels
 
 
 def make_rest(rows: int, width: int, vocab: int, dtype: torch.dtype) -> dict[str, Kernel]:
@@ -174,13 +184,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name, kernel in kernels.items():
             row = {"op": name, "mode": "kernel", "implementation": "cpu", "dtype": args.dtype, **quantiles(times[name])}
             row |= {"rows": args.rows, "width": args.width, "instruction_set": module.instruction_set()}
-            rows.append(row | {"gb_s": kernel.num_bytes / row["p50_ms"] / 1e6, **environment()})
+            rows.append(row | {"bound": kernel.bound, "gb_s": kernel.num_bytes / row["p50_ms"] / 1e6, **environment()})
         for row in rows:
             row["x_copy"] = row["gb_s"] / rows[0]["gb_s"]
-            print(
-                f"{row['op']:28} {row['p50_ms']:8.2f} ms {row['gb_s']:7.1f} GB/s {row['x_copy']:6.2f} x copy",
-                flush=True,
-            )
+            figures = f"{row['p50_ms']:8.2f} ms {row['gb_s']:7.1f} GB/s {row['x_copy']:6.2f} x copy"
+            print(f"{row['op']:28} {figures}  {row['bound']}", flush=True)
         if args.out:
             append_rows(args.out, rows)
     if set(args.kernels) - found:

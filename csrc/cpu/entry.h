@@ -46,8 +46,8 @@ void parallel_rows(int64_t num_rows, int64_t width, const Range& range) {
 constexpr int64_t kMaxSumBlocks = 32, kMinSumRows = 16;
 struct SumBlocks {
   int64_t rows_per_block, count;
-  explicit SumBlocks(int64_t num_rows)
-      : rows_per_block(std::max(kMinSumRows, (num_rows + kMaxSumBlocks - 1) / kMaxSumBlocks)),
+  explicit SumBlocks(int64_t num_rows, int64_t most_blocks = kMaxSumBlocks, int64_t fewest_rows = kMinSumRows)
+      : rows_per_block(std::max(fewest_rows, (num_rows + most_blocks - 1) / most_blocks)),
         count((num_rows + rows_per_block - 1) / rows_per_block) {}
 };
 

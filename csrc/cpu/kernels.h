@@ -100,33 +100,46 @@ struct HeadsBackwardArgs {
   Heads dx;  // may be null
 };
 
-// Prefix keys and values as float32 [HK, P, DH], and transposed with P padded by zeros to `padded`: [HK, DH, padded].
+// Prefix keys and values: float32 [HK, P, DH], and words [HK, words of P, DH] of `Kernels::tokens_in_a_word` tokens:
+// one float, or two bfloat16 (the first in the lower half, zeros after the last) where a kernel multiplies in pairs.
 struct PrefixTables {
-  int64_t num_prefix, padded;
-  const float *k, *v, *k_transposed, *v_transposed;
+  int64_t num_prefix;
+  const float *k, *v;
+  const uint32_t *k_words, *v_words;
 };
 
+// Arrays [B, H, T] in any layout.
+template <typename Value>
+struct PerQuery {
+  Value* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+// Rows of one key/value head are (b * group_size + g) * length + t.
 struct MergePrefixArgs {
-  int64_t heads, length, head_dim, group_size;  // rows are (b * heads + h) * length + t
+  int64_t length, head_dim, group_size;
   float scale;
   ConstHeads q;
   PrefixTables prefix;
-  Heads out;  // read and written
-  float* lse;
-  int64_t lse_batch, lse_head, lse_token;
-  const bool* alive;  // or null
-  int64_t alive_batch, alive_head, alive_token;
+  Heads out;                   // read and written
+  PerQuery<float> lse;         // read and written
+  PerQuery<const bool> alive;  // or null
 };
 
 struct PrefixBackwardArgs {
-  int64_t length, head_dim, group_size;  // rows of one key/value head are (b * group_size + g) * length + t
+  int64_t length, head_dim, group_size;
   float scale;
   ConstHeads dout, q, out;
   PrefixTables prefix;
-  const float* lse;
-  int64_t lse_batch, lse_head, lse_token;
+  PerQuery<const float> lse;
   Heads dq;  // read and written
 };
+
+// Floats of scratch that both take; zeros at first.
+constexpr int64_t prefix_scratch_size(int64_t num_prefix, int64_t head_dim) {
+  constexpr int64_t kMostLanes = 16;
+  return kMostLanes * (2 * (head_dim + kMostLanes) + 3 * (num_prefix + 1)) + 2 * (head_dim + kMostLanes);
+}
 
 struct CrossEntropyArgs {
   int64_t num_words;
@@ -157,14 +170,16 @@ struct Kernels {
   // scratch: [width] of rms_norm with dx. dgain, din_scale: [width] sums that the range is added to, or null.
   void (*prologue_backward[kNumDtypes])(const PrologueBackwardArgs&, int64_t begin, int64_t end, float* scratch,
                                         float* dgain, float* din_scale);
-  // scratch: [3 * head_dim].
+  // scratch: [2 * (head_dim + heads)].
   void (*heads[kNumDtypes])(const HeadsArgs&, int64_t begin, int64_t end, float* scratch);
-  // scratch: [3 * head_dim]. dscale [heads * head_dim], dgain [head_dim]: sums that the range is added to, or null.
+  // The same scratch. dscale [heads * head_dim], dgain [head_dim]: sums that the range is added to, or null.
   void (*heads_backward[kNumDtypes])(const HeadsBackwardArgs&, int64_t begin, int64_t end, float* scratch,
                                      float* dscale, float* dgain);
-  // scratch: [padded + head_dim].
-  void (*merge_prefix[kNumDtypes])(const MergePrefixArgs&, int64_t begin, int64_t end, float* scratch);
-  // Rows of key/value head `kv_head`. scratch: [16 * (padded + head_dim)]. dk, dv [P, DH]: sums that are added to.
+  int tokens_in_a_word[kNumDtypes];
+  // Rows of key/value head `kv_head`; scratch: [prefix_scratch_size].
+  void (*merge_prefix[kNumDtypes])(const MergePrefixArgs&, int64_t kv_head, int64_t begin, int64_t end,
+                                   float* scratch);
+  // The same. dk, dv [P, DH]: sums that the range is added to.
   void (*prefix_backward[kNumDtypes])(const PrefixBackwardArgs&, int64_t kv_head, int64_t begin, int64_t end,
                                       float* scratch, float* dk, float* dv);
   RowKernel<CrossEntropyArgs> cross_entropy[kNumDtypes];

@@ -1,42 +1,59 @@
 #include "csrc/cpu/ops.h"
 
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+
+#include <memory>
+
 namespace mmpeft {
 
 namespace {
 
-// Float copies of the prefix that the kernels read again and again, as tables of whole vectors.
-struct Prefix {
-  std::vector<float> k, v, k_transposed, v_transposed;
-  PrefixTables tables;
+// Two bfloat16 in a word, the first in its lower half.
+uint32_t word_of(float first, float second) {
+  return c10::BFloat16(first).x | static_cast<uint32_t>(c10::BFloat16(second).x) << 16;
+}
 
-  Prefix(const char* op, const at::Tensor& prefix_k, const at::Tensor& prefix_v, const at::Tensor& q) {
-    const int64_t heads = q.size(1), head_dim = q.size(3);
-    MMPEFT_CHECK(op,
-                 prefix_k.dim() == 3 && prefix_k.size(0) > 0 && prefix_k.size(1) > 0 &&
-                     heads % prefix_k.size(0) == 0 && prefix_k.size(2) == head_dim,
-                 "expected prefix_k of sizes [HK, P, ", head_dim, "], P > 0 and HK a divisor of ", heads, ", got ",
-                 prefix_k.sizes());
-    MMPEFT_CHECK(op, prefix_v.sizes() == prefix_k.sizes(), "expected prefix_v of sizes ", prefix_k.sizes(), ", got ",
-                 prefix_v.sizes());
-    const int64_t kv_heads = prefix_k.size(0), num_prefix = prefix_k.size(1);
-    const int64_t lanes = kernels().lanes, padded = (num_prefix + lanes - 1) / lanes * lanes;
-    k = floats_of(op, "prefix_k", prefix_k.reshape(-1), prefix_k.numel());
-    v = floats_of(op, "prefix_v", prefix_v.reshape(-1), prefix_v.numel());
-    k_transposed = transposed(k, kv_heads, num_prefix, head_dim, padded);
-    v_transposed = transposed(v, kv_heads, num_prefix, head_dim, padded);
-    tables = {num_prefix, padded, k.data(), v.data(), k_transposed.data(), v_transposed.data()};
-  }
+// A prefix tensor [HK, P, DH] in the two forms that the kernels read again and again.
+struct Table {
+  at::Tensor values, words;
 
-  static std::vector<float> transposed(const std::vector<float>& from, int64_t heads, int64_t num_prefix,
-                                       int64_t head_dim, int64_t padded) {
-    std::vector<float> to(heads * head_dim * padded);
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t p = 0; p < num_prefix; ++p)
-        for (int64_t d = 0; d < head_dim; ++d)
-          to[(h * head_dim + d) * padded + p] = from[(h * num_prefix + p) * head_dim + d];
-    return to;
+  Table(const at::Tensor& prefix, int tokens_in_a_word) : values(prefix.detach().to(at::kFloat).contiguous()) {
+    words = values;
+    if (tokens_in_a_word == 1) return;
+    const int64_t heads = prefix.size(0), num_prefix = prefix.size(1), head_dim = prefix.size(2);
+    const int64_t pairs = (num_prefix + 1) / 2;
+    words = at::empty({heads, pairs, head_dim}, at::kInt);
+    const float* from = values.const_data_ptr<float>();
+    auto* to = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
+    for (int64_t i = 0; i < heads * pairs; ++i) {
+      const int64_t p = i % pairs * 2;
+      const float* first = from + (i / pairs * num_prefix + p) * head_dim;
+      for (int64_t d = 0; d < head_dim; ++d)
+        to[i * head_dim + d] = word_of(first[d], p + 1 < num_prefix ? first[head_dim + d] : 0.0f);
+    }
   }
 };
+
+PrefixTables tables_of(const Table& k, const Table& v) {
+  auto words_of = [](const Table& table) { return static_cast<const uint32_t*>(table.words.const_data_ptr()); };
+  return {k.values.size(1), k.values.const_data_ptr<float>(), v.values.const_data_ptr<float>(), words_of(k),
+          words_of(v)};
+}
+
+void check_prefix(const char* op, const at::Tensor& prefix_k, const at::Tensor& prefix_v, const at::Tensor& q) {
+  const int64_t heads = q.size(1), head_dim = q.size(3);
+  MMPEFT_CHECK(op,
+               prefix_k.dim() == 3 && prefix_k.size(0) > 0 && prefix_k.size(1) > 0 &&
+                   heads % prefix_k.size(0) == 0 && prefix_k.size(2) == head_dim,
+               "expected prefix_k of sizes [HK, P, ", head_dim, "], P > 0 and HK a divisor of ", heads, ", got ",
+               prefix_k.sizes());
+  MMPEFT_CHECK(op, prefix_v.sizes() == prefix_k.sizes(), "expected prefix_v of sizes ", prefix_k.sizes(), ", got ",
+               prefix_v.sizes());
+  for (const auto& [name, prefix] : {std::pair{"prefix_k", &prefix_k}, std::pair{"prefix_v", &prefix_v}})
+    MMPEFT_CHECK(op, prefix->device().is_cpu() && at::isFloatingType(prefix->scalar_type()), "expected ", name,
+                 " as floats on the CPU, got ", prefix->scalar_type(), " on ", prefix->device());
+}
 
 ConstHeads heads_of(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& q) {
   check_tensor(op, name, tensor, q.sizes(), q.scalar_type());
@@ -55,6 +72,26 @@ void check_rows(const char* op, const char* name, const at::Tensor& tensor, cons
                ", got ", tensor.sizes());
 }
 
+// Blocks of rows of all key/value heads together, and rows of a block: work for many threads, but partial sums that
+// are small beside the rows.
+constexpr int64_t kPrefixTasks = 64, kMinPrefixRows = 128;
+
+template <typename Value>
+PerQuery<Value> per_query(Value* data, const at::Tensor& tensor) {
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Zeros that start at a cache line.
+struct ZeroedScratch {
+  std::vector<float> values;
+  float* data;
+  explicit ZeroedScratch(int64_t size) : values(size + 15) {
+    void* begin = values.data();
+    size_t space = values.size() * sizeof(float);
+    data = static_cast<float*>(std::align(64, size * sizeof(float), begin, space));
+  }
+};
+
 }  // namespace
 
 void merge_prefix(const at::Tensor& q, const at::Tensor& prefix_k, const at::Tensor& prefix_v, double scale,
@@ -62,30 +99,34 @@ void merge_prefix(const at::Tensor& q, const at::Tensor& prefix_k, const at::Ten
   constexpr const char* op = "merge_prefix";
   MMPEFT_CHECK(op, q.dim() == 4, "expected q of sizes [B, H, T, DH], got ", q.sizes());
   const Dtype dtype_idx = dtype_of(op, "q", q);
-  const Prefix prefix(op, prefix_k, prefix_v, q);
+  check_prefix(op, prefix_k, prefix_v, q);
+  const int tokens_in_a_word = kernels().tokens_in_a_word[dtype_idx];
+  const Table k(prefix_k, tokens_in_a_word), v(prefix_v, tokens_in_a_word);
   check_rows(op, "lse", lse, q, at::kFloat);
   MergePrefixArgs args{};
-  args.heads = q.size(1);
   args.length = q.size(2);
   args.head_dim = q.size(3);
   args.group_size = q.size(1) / prefix_k.size(0);
   args.scale = static_cast<float>(scale);
   args.q = heads_of(op, "q", q, q);
-  args.prefix = prefix.tables;
+  args.prefix = tables_of(k, v);
   args.out = heads_to_write(op, "out", out, q);
-  args.lse = lse.mutable_data_ptr<float>();
-  args.lse_batch = lse.stride(0), args.lse_head = lse.stride(1), args.lse_token = lse.stride(2);
+  args.lse = per_query(lse.mutable_data_ptr<float>(), lse);
   if (alive) {
     check_rows(op, "alive", *alive, q, at::kBool);
-    args.alive = alive->const_data_ptr<bool>();
-    args.alive_batch = alive->stride(0), args.alive_head = alive->stride(1), args.alive_token = alive->stride(2);
+    args.alive = per_query(alive->const_data_ptr<bool>(), *alive);
   }
   const auto kernel = kernels().merge_prefix[dtype_idx];
-  parallel_rows(q.size(0) * q.size(1) * q.size(2), args.head_dim * prefix.tables.num_prefix,
-                [&](int64_t begin, int64_t end) {
-                  std::vector<float> scratch(prefix.tables.padded + args.head_dim);
-                  kernel(args, begin, end, scratch.data());
-                });
+  const int64_t num_rows = q.size(0) * args.group_size * args.length;  // of one key/value head
+  parallel_rows(prefix_k.size(0) * num_rows, args.head_dim, [&](int64_t begin, int64_t end) {
+    ZeroedScratch scratch(prefix_scratch_size(args.prefix.num_prefix, args.head_dim));
+    while (begin < end) {
+      const int64_t kv_head = begin / num_rows, first = begin % num_rows;
+      const int64_t last = std::min(num_rows, first + end - begin);
+      kernel(args, kv_head, first, last, scratch.data);
+      begin += last - first;
+    }
+  });
 }
 
 void prefix_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& prefix_k,
@@ -94,7 +135,9 @@ void prefix_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tens
   constexpr const char* op = "prefix_backward";
   MMPEFT_CHECK(op, q.dim() == 4, "expected q of sizes [B, H, T, DH], got ", q.sizes());
   const Dtype dtype_idx = dtype_of(op, "q", q);
-  const Prefix prefix(op, prefix_k, prefix_v, q);
+  check_prefix(op, prefix_k, prefix_v, q);
+  const int tokens_in_a_word = kernels().tokens_in_a_word[dtype_idx];
+  const Table k(prefix_k, tokens_in_a_word), v(prefix_v, tokens_in_a_word);
   check_rows(op, "lse", lse, q, at::kFloat);
   const int64_t kv_heads = prefix_k.size(0), size = prefix_k.size(1) * prefix_k.size(2);
   for (const auto& [name, sum] : {std::pair{"dprefix_k", &dprefix_k}, std::pair{"dprefix_v", &dprefix_v}}) {
@@ -109,20 +152,19 @@ void prefix_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tens
   args.dout = heads_of(op, "dout", dout, q);
   args.q = heads_of(op, "q", q, q);
   args.out = heads_of(op, "out", out, q);
-  args.prefix = prefix.tables;
-  args.lse = lse.const_data_ptr<float>();
-  args.lse_batch = lse.stride(0), args.lse_head = lse.stride(1), args.lse_token = lse.stride(2);
+  args.prefix = tables_of(k, v);
+  args.lse = per_query(lse.const_data_ptr<float>(), lse);
   args.dq = heads_to_write(op, "dq", dq, q);
 
   const int64_t num_rows = q.size(0) * args.group_size * args.length;  // of one key/value head
-  const SumBlocks blocks(num_rows);
+  const SumBlocks blocks(num_rows, std::max<int64_t>(1, kPrefixTasks / kv_heads), kMinPrefixRows);
   std::vector<float> dks(kv_heads * blocks.count * size), dvs(kv_heads * blocks.count * size);
   const auto kernel = kernels().prefix_backward[dtype_idx];
   at::parallel_for(0, kv_heads * blocks.count, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(16 * (prefix.tables.padded + args.head_dim));
+    ZeroedScratch scratch(prefix_scratch_size(args.prefix.num_prefix, args.head_dim));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % blocks.count * blocks.rows_per_block;
-      kernel(args, i / blocks.count, begin, std::min(num_rows, begin + blocks.rows_per_block), scratch.data(),
+      kernel(args, i / blocks.count, begin, std::min(num_rows, begin + blocks.rows_per_block), scratch.data,
              &dks[i * size], &dvs[i * size]);
     }
   });

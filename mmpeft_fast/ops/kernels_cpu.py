@@ -67,15 +67,19 @@ def _run_prologue(
     *,
     need_h: bool,
     need_dropped: bool,
+    h_out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """h, drop(h) and rstd [M, 1], the first two only where asked; they are x itself where nothing changes it."""
-    if not _changes(spec) and mask is None:
+    """h, drop(h) and rstd [M, 1], the first two only where asked; they are x itself where nothing changes it, but for
+    an h that goes to h_out."""
+    if not _changes(spec) and mask is None and h_out is None:
         return (x[0] if need_h else None), (x[0] if need_dropped else None), None
     if mask is None and need_dropped:
-        h, _, rstd = _run_prologue(spec, x, None, rstd, need_h=True, need_dropped=False)
+        h, _, rstd = _run_prologue(spec, x, None, rstd, need_h=True, need_dropped=False, h_out=h_out)
         return (h if need_h else None), h, rstd
     gate, up = x if spec.name == "swiglu" else (x[0], None)
-    h = _empty(gate) if need_h and _changes(spec) else None
+    h = h_out
+    if h is None and need_h and _changes(spec):
+        h = _empty(gate)
     dropped = _empty(gate) if need_dropped else None
     new_rstd = None
     if spec.name == "rms_norm" and rstd is None:
@@ -96,14 +100,16 @@ def prologue(
     *,
     rstd: Tensor | None = None,
     need_h: bool = True,
+    h_out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """h, rstd and a: `kernels_torch.prologue`. h and drop(h) are written in one pass over x."""
     mask = None if low_rank is None else low_rank.mask
-    h, dropped, rstd = _run_prologue(spec, x, mask, rstd, need_h=need_h, need_dropped=low_rank is not None)
+    need_dropped = low_rank is not None
+    h, dropped, rstd = _run_prologue(spec, x, mask, rstd, need_h=need_h, need_dropped=need_dropped, h_out=h_out)
     a = None
     if low_rank is not None:
         a = _scaled_mm(dropped, low_rank.down.to(dropped.dtype).t(), _inverse_keep(mask))
-    return h, (rstd if spec.name == "rms_norm" else None), a
+    return (h if need_h else None), (rstd if spec.name == "rms_norm" else None), a
 
 
 def _ddown(low_rank: LowRank, da: Tensor, dropped: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ def make(batch, heads, kv_heads, length, num_prefix, head_dim, dtype):
 
 @pytest.mark.parametrize(
     "batch, heads, kv_heads, length, num_prefix, head_dim",
-    [(1, 1, 1, 1, 1, 7), (2, 4, 2, 5, 20, 64), (2, 2, 2, 33, 3, 33), (1, 6, 1, 9, 33, 130), (0, 2, 1, 4, 3, 8)],
-)
+    [
+        (1, 1, 1, 1, 1, 7), (2, 4, 2, 5, 20, 64), (2, 2, 2, 33, 3, 33), (1, 6, 1, 9, 33, 130), (0, 2, 1, 4, 3, 8),
+        (2, 6, 2, 35, 9, 40), (3, 4, 2, 1, 17, 33), (1, 2, 1, 150, 6, 16),
+    ],
+)  # fmt: skip
 def test_forward_and_backward(batch, heads, kv_heads, length, num_prefix, head_dim, dtype, instruction_set):
     laid_out, prefix, lse = make(batch, heads, kv_heads, length, num_prefix, head_dim, dtype)
     q, out = laid_out(), laid_out()
@@ -68,3 +71,22 @@ def test_a_padded_lse_keeps_its_padding():
         for each in (merged_lse, plain_lse)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("num_prefix", [1, 2, 3, 7, 8, 9, 15, 16, 23])
+def test_every_group_of_tokens(num_prefix, instruction_set):
+    """Tokens of weight 0 among the others show where one is left out or taken twice."""
+    laid_out, _, _ = make(1, 2, 1, 18, num_prefix, 16, torch.float32)
+    q, out, lse = torch.ones_like(laid_out()), torch.zeros_like(laid_out()), torch.full((1, 2, 18), float("-inf"))
+    for p in range(num_prefix):
+        prefix_k, prefix_v = torch.full((1, num_prefix, 16), -100.0), torch.randn(1, num_prefix, 16)
+        prefix_k[:, p] = 100.0
+        merged, merged_lse = kernels_cpu.merge_prefix(
+            q, prefix_k, prefix_v, out.clone(), lse.clone(), scale=0.5, alive=None
+        )
+        assert torch.equal(merged, prefix_v[:, None, p : p + 1].expand_as(merged)) and (merged_lse == 800).all()
+        dq = torch.zeros_like(out)
+        _, _, dprefix_v = kernels_cpu.prefix_backward(q, q, prefix_k, prefix_v, merged, merged_lse, dq, scale=0.5)
+        expected = torch.zeros(1, num_prefix, 16)
+        expected[:, p] = 36.0
+        assert torch.equal(dprefix_v, expected)

@@ -137,6 +137,24 @@ def test_dx_goes_where_it_is_told(name, dtype):
     assert (buffer[:, 0] == 7).all() and (buffer[:, -1] == 7).all()
 
 
+@pytest.mark.parametrize("name", ["none", "rms_norm", "swiglu"])
+@pytest.mark.parametrize("in_scale", [False, True])
+@pytest.mark.parametrize("p", [None, 0.0, 0.3])
+def test_h_goes_where_it_is_told(name, in_scale, p, dtype):
+    shape = (6, 33)
+    spec, x = make_spec(name, shape[1], dtype, in_scale=in_scale), make_x(name, shape, dtype, "strided")
+    low_rank = None if p is None else LowRank(contiguous(3, shape[1], dtype=dtype), make_mask(p))
+    expected, _, _ = kernels_cpu.prologue(spec, x, low_rank)
+    for need_h in (True, False):
+        buffer = torch.full((6, 40), 7.0, dtype=dtype)
+        options = {"need_h": need_h, "h_out": buffer[:, 2:35]}
+        assert_same_set(kernels_cpu.prologue, kernels_torch.prologue, (spec, x, low_rank), options, f"{need_h=}")
+        h, _, _ = kernels_cpu.prologue(spec, x, low_rank, **options)
+        assert (h.data_ptr() == buffer[:, 2:].data_ptr()) if need_h else h is None
+        assert torch.equal(buffer[:, 2:35], expected)
+        assert (buffer[:, :2] == 7).all() and (buffer[:, 35:] == 7).all()
+
+
 def test_inputs_are_left_alone(dtype):
     spec = make_spec("rms_norm", 33, dtype, in_scale=True)
     tensors = [contiguous(4, 33, dtype=dtype) for _ in range(2)]

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <immintrin.h>
+#include <utility>
 
 // After the system's headers: their inline functions are shared with objects that run everywhere.
 #if defined(__clang__)

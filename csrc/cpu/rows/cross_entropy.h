@@ -26,7 +26,7 @@ float logsumexp(const T* logits, int64_t num_words) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         const F32 x = load(logits + k + i * kLanes, Whole{});
-        tops[i] = select(x > tops[i], x, tops[i]);
+        tops[i] = highest_of(x, tops[i]);
       }
     float lanes[kLanes];
     const F32 top = select(tops[0] > tops[1], tops[0], tops[1]);
@@ -45,10 +45,10 @@ float logsumexp(const T* logits, int64_t num_words) {
     F32 sums[2] = {};
     for (k = v; k < whole_end; k += 2 * kLanes)
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) sums[i] += exp(load(logits + k + i * kLanes, Whole{}) - shift);
+      for (int i = 0; i < 2; ++i) sums[i] += exp<float>(load(logits + k + i * kLanes, Whole{}) - shift);
     float rest = 0.0f;
     for_columns(whole_end, end, [&](int64_t col, auto part) {
-      const F32 e = exp(load(logits + col, part) - shift);
+      const F32 e = exp<float>(load(logits + col, part) - shift);
       memcpy(lanes, &e, sizeof e);
       const int n = col + kLanes <= end ? kLanes : static_cast<int>(end - col);
       for (int i = 0; i < n; ++i) rest += lanes[i];
@@ -71,7 +71,7 @@ void cross_entropy(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
     if (!args.need_grad) continue;
     const float weight = (is_kept ? 1.0f : 0.0f) / args.count;
     for_columns(0, args.num_words, [&](int64_t k, auto part) {
-      store(logits + k, exp(load(logits + k, part) - lse) * weight, part);
+      store(logits + k, exp<T>(load(logits + k, part) - lse) * weight, part);
     });
     if (is_kept) {
       const float probability = std::exp(target - lse);

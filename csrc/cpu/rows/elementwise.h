@@ -25,26 +25,26 @@ inline void keep_bits(const KeepBitsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <Activation kName>
+template <Activation kName, typename T>
 MMPEFT_INLINE F32 activate(F32 a) {
-  if constexpr (kName == Activation::kTanh) return tanh(a);
+  if constexpr (kName == Activation::kTanh) return tanh<T>(a);
   // Written so that a nan stays one.
   if constexpr (kName == Activation::kRelu) return select(a < 0.0f, F32{}, a);
-  if constexpr (kName == Activation::kGelu) return 0.5f * a * (1.0f + erf(a * 0.70710678f));
-  if constexpr (kName == Activation::kSilu) return silu(a);
+  if constexpr (kName == Activation::kGelu) return 0.5f * a * (1.0f + erf<T>(a * 0.70710678f));
+  if constexpr (kName == Activation::kSilu) return a * sigmoid<T>(a);
   return a;
 }
 
-template <Activation kName>
+template <Activation kName, typename T>
 MMPEFT_INLINE F32 derivative(F32 a) {
   if constexpr (kName == Activation::kTanh) {
-    const F32 z = tanh(a);
+    const F32 z = tanh<T>(a);
     return 1.0f - z * z;
   }
   if constexpr (kName == Activation::kRelu) return select(a > 0.0f, splat(1.0f), F32{});
   if constexpr (kName == Activation::kGelu)
-    return 0.5f * (1.0f + erf(a * 0.70710678f)) + a * exp(-0.5f * a * a) * 0.39894228f;
-  if constexpr (kName == Activation::kSilu) return silu_derivative(a, sigmoid(a));
+    return 0.5f * (1.0f + erf<T>(a * 0.70710678f)) + a * exp<T>(-0.5f * a * a) * 0.39894228f;
+  if constexpr (kName == Activation::kSilu) return silu_derivative(a, sigmoid<T>(a));
   return splat(1.0f);
 }
 
@@ -56,7 +56,7 @@ void activation_rows(const ActivationArgs args, int64_t begin, int64_t end) {
     T* out = row_to_write<T>(args.out, row);
     for_columns(0, args.width, [&](int64_t k, auto part) {
       const F32 v = load(a + k, part);
-      store(out + k, dz ? load(dz + k, part) * derivative<kName>(v) : activate<kName>(v), part);
+      store(out + k, dz ? load(dz + k, part) * derivative<kName, T>(v) : activate<kName, T>(v), part);
     });
   }
 }

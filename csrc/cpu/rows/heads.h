@@ -32,24 +32,28 @@ MMPEFT_INLINE const float* angles(const ConstHeads& array, Dtype dtype, int64_t 
   return buffer;
 }
 
-// buffer = x l rounded, and 1 / rms of it where there is a gain.
+// Columns d of a head after its scale.
+template <typename T, typename Part>
+MMPEFT_INLINE F32 scaled(const T* x, const float* scale, int64_t d, Part part) {
+  const F32 v = load(x + d, part);
+  return scale ? rounded<T>(v * load(scale + d, part)) : v;
+}
+
 template <typename T>
-MMPEFT_INLINE float scaled_head(const T* x, const float* scale, int64_t n, bool normalise, float eps, float* buffer) {
+MMPEFT_INLINE float inverse_rms_of_head(const T* x, const float* scale, int64_t n, float eps) {
   F32 squares{};
-  for_columns(0, n, [&](int64_t d, auto part) {
-    F32 v = load(x + d, part);
-    if (scale) v = rounded<T>(v * load(scale + d, part));
+  for_columns(0, n, [&](int64_t d, auto part) MMPEFT_LAMBDA {
+    const F32 v = scaled(x, scale, d, part);
     squares += v * v;
-    store(buffer + d, v, part);
   });
-  return normalise ? 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps) : 0.0f;
+  return 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps);
 }
 
 template <typename T>
 void heads(const HeadsArgs& given, int64_t begin, int64_t end, float* scratch) {
   const HeadsArgs args = given;  // a copy that no store can change
   const int64_t n = args.head_dim, half = n / 2;
-  float *cos_buffer = scratch, *sin_buffer = scratch + n, *head_buffer = scratch + 2 * n;
+  float *cos_buffer = scratch, *sin_buffer = scratch + n, *rstds = scratch + 2 * n;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.length, t = row % args.length;
     const float *cos = nullptr, *sin = nullptr;
@@ -57,17 +61,20 @@ void heads(const HeadsArgs& given, int64_t begin, int64_t end, float* scratch) {
       cos = angles(args.cos, args.angle_dtype, b, t, n, cos_buffer);
       sin = angles(args.sin, args.angle_dtype, b, t, n, sin_buffer);
     }
+    // All heads' statistics first: one after the other, each would wait for its own sum, root and quotient.
+    if (args.gain)
+      for (int64_t head = 0; head < args.heads; ++head)
+        rstds[head] = inverse_rms_of_head(head_of<T>(args.x, b, head, t),
+                                          args.scale ? args.scale + head * n : nullptr, n, args.eps);
     for (int64_t head = 0; head < args.heads; ++head) {
       const T* x = head_of<T>(args.x, b, head, t);
       T* out = head_of<T>(args.out, b, head, t);
       const float* scale = args.scale ? args.scale + head * n : nullptr;
-      float rstd = 0.0f;
-      if (args.gain) rstd = scaled_head(x, scale, n, true, args.eps, head_buffer);
+      const float rstd = args.gain ? rstds[head] : 0.0f;
       // Columns d of the head after scale and norm.
       auto transformed = [&](int64_t d, auto part) MMPEFT_LAMBDA {
-        if (args.gain) return rounded<T>(rounded<T>(load(head_buffer + d, part) * rstd) * load(args.gain + d, part));
-        F32 v = load(x + d, part);
-        return scale ? rounded<T>(v * load(scale + d, part)) : v;
+        const F32 v = scaled(x, scale, d, part);
+        return args.gain ? rounded<T>(rounded<T>(v * rstd) * load(args.gain + d, part)) : v;
       };
       if (cos) {
         for_columns(0, half, [&](int64_t d, auto part) {
@@ -89,7 +96,7 @@ void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, 
                     float* dgain) {
   const HeadsBackwardArgs args = given;  // a copy that no store can change
   const int64_t n = args.head_dim, half = n / 2;
-  float *cos_buffer = scratch, *sin_buffer = scratch + n, *head_buffer = scratch + 2 * n;
+  float *cos_buffer = scratch, *sin_buffer = scratch + n, *rstds = scratch + 2 * n, *means = rstds + args.heads;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.length, t = row % args.length;
     const float *cos = nullptr, *sin = nullptr;
@@ -97,51 +104,57 @@ void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, 
       cos = angles(args.cos, args.angle_dtype, b, t, n, cos_buffer);
       sin = angles(args.sin, args.angle_dtype, b, t, n, sin_buffer);
     }
-    for (int64_t head = 0; head < args.heads; ++head) {
+    auto scale_of = [&](int64_t head) MMPEFT_LAMBDA { return args.scale ? args.scale + head * n : nullptr; };
+    // consume(columns d, gradient there below the rotation, part) for a head.
+    auto unrotated = [&](int64_t head, auto consume) MMPEFT_LAMBDA {
       const T* dy = head_of<T>(args.dy, b, head, t);
+      if (cos) {
+        for_columns(0, half, [&](int64_t d, auto part) MMPEFT_LAMBDA {
+          const F32 dy1 = load(dy + d, part), dy2 = load(dy + half + d, part);
+          const F32 v1 = dy1 * load(cos + d, part) + dy2 * load(sin + half + d, part);
+          const F32 v2 = dy2 * load(cos + half + d, part) - dy1 * load(sin + d, part);
+          consume(d, v1, part);
+          consume(d + half, v2, part);
+        });
+      } else {
+        for_columns(0, n, [&](int64_t d, auto part) MMPEFT_LAMBDA { consume(d, load(dy + d, part), part); });
+      }
+    };
+    if (args.gain) {
+      // All heads' sums first: one after the other, each head would wait for its own.
+      for (int64_t head = 0; head < args.heads; ++head)
+        rstds[head] = inverse_rms_of_head(head_of<T>(args.x, b, head, t), scale_of(head), n, args.eps);
+      for (int64_t head = 0; head < args.heads; ++head) {
+        const T* x = head_of<T>(args.x, b, head, t);
+        const float* scale = scale_of(head);
+        const float rstd = rstds[head];
+        F32 projection{};
+        unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
+          const F32 dgain_part = rounded<T>(v) * (scaled(x, scale, d, part) * rstd);
+          if (dgain) add_to(dgain + d, dgain_part, part);
+          projection += dgain_part * load(args.gain + d, part);
+        });
+        means[head] = sum_of(projection) / static_cast<float>(n);
+      }
+      if (!args.dx.data && !dscale) continue;
+    }
+    for (int64_t head = 0; head < args.heads; ++head) {
       const T* x = args.x.data ? head_of<T>(args.x, b, head, t) : nullptr;
       T* dx = args.dx.data ? head_of<T>(args.dx, b, head, t) : nullptr;
-      const float* scale = args.scale ? args.scale + head * n : nullptr;
+      const float* scale = scale_of(head);
       float* dscale_head = dscale ? dscale + head * n : nullptr;
-      // What is left once the gradient has passed the rotation and the norm: dl and the scale itself.
-      auto finish = [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
-        v = rounded<T>(v);
+      const float rstd = args.gain ? rstds[head] : 0.0f, mean = args.gain ? means[head] : 0.0f;
+      unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
+        if (args.gain || scale) v = rounded<T>(v);
+        if (args.gain) {
+          const F32 normalised = scaled(x, scale, d, part) * rstd;
+          v = (v * load(args.gain + d, part) - normalised * mean) * rstd;
+          if (scale) v = rounded<T>(v);
+        }
         if (dscale_head) add_to(dscale_head + d, v * load(x + d, part), part);
         if (scale) v = v * load(scale + d, part);
         if (dx) store(dx + d, v, part);
-      };
-      float rstd = 0.0f;
-      if (args.gain) rstd = scaled_head(x, scale, n, true, args.eps, head_buffer);
-      F32 projection{};
-      auto before_norm = [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
-        if (!args.gain) return finish(d, v, part);
-        v = rounded<T>(v);
-        const F32 normalised = load(head_buffer + d, part) * rstd;
-        if (dgain) add_to(dgain + d, v * normalised, part);
-        projection += v * load(args.gain + d, part) * normalised;
-      };
-      // Both halves of the gradient below the rotation; the norm needs them twice and they cost little.
-      auto unrotated = [&](auto consume) MMPEFT_LAMBDA {
-        if (cos) {
-          for_columns(0, half, [&](int64_t d, auto part) {
-            const F32 dy1 = load(dy + d, part), dy2 = load(dy + half + d, part);
-            const F32 v1 = dy1 * load(cos + d, part) + dy2 * load(sin + half + d, part);
-            const F32 v2 = dy2 * load(cos + half + d, part) - dy1 * load(sin + d, part);
-            consume(d, v1, part);
-            consume(d + half, v2, part);
-          });
-        } else {
-          for_columns(0, n, [&](int64_t d, auto part) { consume(d, load(dy + d, part), part); });
-        }
-      };
-      unrotated(before_norm);
-      if (args.gain && (dx || dscale_head)) {
-        const float mean = sum_of(projection) / static_cast<float>(n);
-        unrotated([&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
-          const F32 normalised = load(head_buffer + d, part) * rstd;
-          finish(d, (rounded<T>(v) * load(args.gain + d, part) - normalised * mean) * rstd, part);
-        });
-      }
+      });
     }
   }
 }

@@ -27,8 +27,8 @@ MMPEFT_INLINE float inverse_rms(const T* x, int64_t width, float eps) {
   return 1.0f / std::sqrt(square / static_cast<float>(width) + eps);
 }
 
-// What a prologue makes of a few columns of its input, rounded like eager torch's: h before its input scale and, for
-// swiglu, what its gradient needs too.
+// What a prologue makes of a few columns of its input, rounded like eager torch's but for the last step, which the
+// store rounds: h before its input scale and, for swiglu, what its gradient needs too.
 struct Columns {
   F32 x, up, sigmoid_x, activated, h;
 };
@@ -38,12 +38,12 @@ MMPEFT_INLINE Columns columns_of(const T* x, const T* up, const float* gain, flo
   Columns at{};
   at.x = load(x + k, part);
   at.h = at.x;
-  if constexpr (kName == Prologue::kRmsNorm) at.h = rounded<T>(rounded<T>(at.x * rstd) * load(gain + k, part));
+  if constexpr (kName == Prologue::kRmsNorm) at.h = rounded<T>(at.x * rstd) * load(gain + k, part);
   if constexpr (kName == Prologue::kSwiglu) {
     at.up = load(up + k, part);
-    at.sigmoid_x = sigmoid(at.x);
+    at.sigmoid_x = sigmoid<T>(at.x);
     at.activated = rounded<T>(at.x * at.sigmoid_x);
-    at.h = rounded<T>(at.activated * at.up);
+    at.h = at.activated * at.up;
   }
   return at;
 }
@@ -66,7 +66,7 @@ void prologue_rows(const PrologueArgs args, int64_t begin, int64_t end) {
     for_dropout_blocks(args.dropout, row, args.width, [&](int64_t first, int64_t last, const int16_t* keep) {
       for_columns(first, last, [&](int64_t k, auto part) {
         F32 h = columns_of<kName>(x, up, args.gain, rstd, k, part).h;
-        if (args.in_scale) h = h * load(args.in_scale + k, part);
+        if (args.in_scale) h = rounded<T>(h) * load(args.in_scale + k, part);
         Bits bits = Format<T>::narrow(h);
         if (h_row) store_raw(h_row + k, bits, part);
         if (dropped_row) {

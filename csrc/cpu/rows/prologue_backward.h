@@ -47,7 +47,7 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
         if (wants_h) {
           F32 h = at.h;
           if (din_scale) add_to(din_scale + k, dh * h, part);
-          if (args.in_scale) h = h * load(args.in_scale + k, part);
+          if (args.in_scale) h = rounded<T>(h) * load(args.in_scale + k, part);
           if (dropped_row) store_raw(dropped_row + k, Format<T>::narrow(h) & keep_bits, part);
         }
         if (args.in_scale) dh = rounded<T>(dh * load(args.in_scale + k, part));

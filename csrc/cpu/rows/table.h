@@ -22,6 +22,7 @@ const Kernels table = {
     MMPEFT_FOR_EACH_DTYPE(prologue_backward),
     MMPEFT_FOR_EACH_DTYPE(heads),
     MMPEFT_FOR_EACH_DTYPE(heads_backward),
+    {Packed<float>::kValues, Packed<BFloat16>::kValues, Packed<Float16>::kValues},
     MMPEFT_FOR_EACH_DTYPE(merge_prefix),
     MMPEFT_FOR_EACH_DTYPE(prefix_backward),
     MMPEFT_FOR_EACH_DTYPE(cross_entropy),

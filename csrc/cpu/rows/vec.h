@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -71,6 +72,17 @@ MMPEFT_INLINE To bits_as(From from) {
 MMPEFT_INLINE F32 splat(float value) { return value - F32{}; }
 MMPEFT_INLINE F32 select(I32 condition, F32 yes, F32 no) { return condition ? yes : no; }
 
+// v where it is above `highest`; a nan is not.
+#if MMPEFT_LANES == 16
+MMPEFT_INLINE F32 highest_of(F32 v, F32 highest) {
+  return (F32)_mm512_maskz_max_ps(0xffff, (__m512)v, (__m512)highest);
+}
+#elif MMPEFT_LANES == 8
+MMPEFT_INLINE F32 highest_of(F32 v, F32 highest) { return (F32)_mm256_max_ps((__m256)v, (__m256)highest); }
+#else
+MMPEFT_INLINE F32 highest_of(F32 v, F32 highest) { return select(v > highest, v, highest); }
+#endif
+
 // low where v is below it, high where v is above it; a nan stays.
 #if MMPEFT_LANES == 16
 MMPEFT_INLINE F32 clamped(F32 v, float low, float high) {
@@ -103,6 +115,31 @@ MMPEFT_INLINE float sum_of(F32 v) {
   const F32 four = v;
 #endif
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// a with its lanes' blocks of kSize, every second one, replaced by those of b that precede them; and the other way
+// round: one step of a transposition on a pair of its rows.
+template <int kSize, int... kLane>
+MMPEFT_INLINE U32 even_blocks(U32 a, U32 b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane & kSize ? kLane - kSize + kLanes : kLane)...);
+}
+template <int kSize, int... kLane>
+MMPEFT_INLINE U32 odd_blocks(U32 a, U32 b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane & kSize ? kLane + kLanes : kLane + kSize)...);
+}
+
+// Transposes a square of words in place.
+template <int kSize = kLanes / 2>
+MMPEFT_INLINE void transpose(U32 (&rows)[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSize) continue;
+    const U32 a = rows[i], b = rows[i + kSize];
+    rows[i] = even_blocks<kSize>(a, b, Lanes{});
+    rows[i + kSize] = odd_blocks<kSize>(a, b, Lanes{});
+  }
+  if constexpr (kSize > 1) transpose<kSize / 2>(rows);
 }
 
 // Conversions between 16 and 32 bits: compilers split the generic ones into halves.
