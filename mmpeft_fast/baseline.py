@@ -6,7 +6,7 @@ from torch import nn
 
 from mmpeft_fast.methods import IA3, LayerNorm, LoRA, Method, Prefix
 from mmpeft_fast.models import Family, family_of
-from mmpeft_fast.peft_model import add_peft
+from mmpeft_fast.peft_model import add_peft, part_modules
 
 __all__ = ["add_baseline", "hf_config"]
 
@@ -35,8 +35,12 @@ def add_baseline(model: nn.Module, method: Method, *, train_connector: bool = Fa
 
 
 def _site_pattern(family: Family, roles) -> str:
-    names = "|".join(family.layer_roles[role].replace(".", r"\.") for role in roles)
-    return rf".*{family.decoder.rsplit('.', 1)[-1]}\.layers\.\d+\.({names})"
+    names = "|".join(family.paths.roles[role].replace(".", r"\.") for role in roles)
+    return rf"{_decoder_pattern(family)}\.{family.paths.layers}\.\d+\.({names})"
+
+
+def _decoder_pattern(family: Family) -> str:
+    return rf"(.*\.)?{family.decoder.rsplit('.', 1)[-1]}"
 
 
 def hf_config(model: nn.Module, method: Method, *, train_connector: bool = False) -> PeftConfig | None:
@@ -46,13 +50,10 @@ def hf_config(model: nn.Module, method: Method, *, train_connector: bool = False
     the prefix, and transformers computes those positions from mask and tokens of one length.
     """
     family = family_of(model)
-    plan = method.plan()
+    plan = method.plan(family.paths.roles)
     parts = set(plan.parts) | ({"connector"} if train_connector else set())
-    connector = family.modules_at(model, family.connector) if "connector" in parts else []
-    saved = [name for name, module in model.named_modules() if any(module is part for part in connector)]
-    saved += ["embed_tokens"] if "embeddings" in parts else []
-    saved += ["lm_head"] if "head" in parts else []
-    modules_to_save = saved or None
+    kept = part_modules(model, family, parts)
+    modules_to_save = [name for name, module in model.named_modules() if any(module is part for part in kept)] or None
     if isinstance(method, LoRA):
         return LoraConfig(
             r=method.r,
@@ -73,10 +74,10 @@ def hf_config(model: nn.Module, method: Method, *, train_connector: bool = False
         roles = [role for role in plan.gains if role != "final_norm"]
         pattern = _site_pattern(family, roles)
         if "final_norm" in plan.gains:
-            pattern += rf"|.*{family.decoder.rsplit('.', 1)[-1]}\.norm"
+            pattern += rf"|{_decoder_pattern(family)}\.{family.paths.norm}"
         return LNTuningConfig(target_modules=pattern, modules_to_save=modules_to_save)
     config = family.decoder_of(model).config
-    if isinstance(method, Prefix) and "mrope_section" not in (config.rope_parameters or {}):
+    if isinstance(method, Prefix) and "mrope_section" not in (getattr(config, "rope_parameters", None) or {}):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM,

@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import Swapped, swap_class
+from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
 from mmpeft_fast.ops.segments import Branch
 
@@ -132,23 +133,23 @@ def _has_prefix(model: nn.Module) -> bool:
     return isinstance(model, peft.PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig)
 
 
-def fuse_prefix(model: nn.Module, decoder: nn.Module) -> None:
+def fuse_prefix(model: nn.Module, decoder: nn.Module, paths: DecoderPaths) -> None:
     """Fuses the prefix of a PeftModel; anything else is left alone."""
     if not _has_prefix(model) or "fused_prefix" in model.__dict__:
         return
     model.fused_prefix = _PeftPrefix()
     hook = decoder.rotary_emb.register_forward_pre_hook(model.fused_prefix.shift_positions, with_kwargs=True)
     model.fused_prefix_hook = hook
-    for layer_idx, layer in enumerate(decoder.layers):
-        layer.self_attn.prefix = _PeftPrefixSlice(model.fused_prefix, layer_idx)
+    for layer_idx, layer in enumerate(paths.layers_of(decoder)):
+        paths.attention_of(layer).prefix = _PeftPrefixSlice(model.fused_prefix, layer_idx)
     swap_class(model, _FusedPeftPrefixModel)
 
 
-def unfuse_prefix(model: nn.Module, decoder: nn.Module) -> None:
+def unfuse_prefix(model: nn.Module, decoder: nn.Module, paths: DecoderPaths) -> None:
     """Undoes `fuse_prefix`, but for the class of the PeftModel."""
     if "fused_prefix" not in model.__dict__:
         return
     model.fused_prefix_hook.remove()
-    for layer in decoder.layers:
-        del layer.self_attn.prefix
+    for layer in paths.layers_of(decoder):
+        del paths.attention_of(layer).prefix
     del model.fused_prefix, model.fused_prefix_hook

@@ -17,13 +17,21 @@ from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.sites import read_norm
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears
-from mmpeft_fast.methods import Method
+from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
 
-__all__ = ["add_peft", "fuse", "is_fused", "unfuse"]
+__all__ = ["add_peft", "fuse", "is_fused", "study_method", "unfuse"]
 
 # Attributes that fuse puts on modules; unfuse removes them.
-_FUSE_ATTRIBUTES = ("full_attention", "is_tail", "keep_logits", "output_class", "sparse_last_layer")
+_FUSE_ATTRIBUTES = (
+    "cache_idx",
+    "full_attention",
+    "is_tail",
+    "keep_logits",
+    "output_class",
+    "paths",
+    "sparse_last_layer",
+)
 
 
 def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False) -> nn.Module:
@@ -53,9 +61,14 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         raise ValueError("add_peft: the model carries PEFT parameters already; expected one without")
     if is_fused(model):
         raise ValueError("add_peft: the model is fused; call unfuse(model) first")
-    plan = method.plan()
+    plan, paths = method.plan(family.paths.roles), family.paths
+    if plan.prefix is not None and not isinstance(model, family.model_class):
+        raise ValueError(
+            f"add_peft: {type(model).__name__} cannot see a prefix; expected a {family.model_class.__name__} "
+            "(load_pretrained)"
+        )
     layers = family.layers_of(model)
-    sites = {role: [layer.get_submodule(path) for layer in layers] for role, path in _sites_of(family, plan)}
+    sites = {role: [paths.at(layer, role) for layer in layers] for role in _layer_roles(family, plan)}
     for role in (*plan.branches, *plan.scales):
         for linear in sites[role]:
             if not isinstance(linear, PeftLinear) and type(linear) is not nn.Linear:
@@ -71,25 +84,35 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         for linear in sites[role]:
             PeftLinear.convert(linear).add_scale(where)
     for role in plan.gains:
-        for norm in [decoder.norm] if role == "final_norm" else sites[role]:
+        for norm in [paths.norm_of(decoder)] if role == "final_norm" else sites[role]:
             train_gain(norm)
     if plan.prefix is not None:
-        _add_prefix(decoder, plan)
+        _add_prefix(decoder, family, plan)
     parts = set(plan.parts) | ({"connector"} if train_connector else set())
-    for module in _part_modules(model, family, parts):
+    for module in part_modules(model, family, parts):
         module.requires_grad_(True)
     return model
 
 
-def _sites_of(family: Family, plan: Plan) -> list[tuple[str, str]]:
+def study_method(model: nn.Module, name: str, **overrides) -> Method:
+    """A method with the study's settings for this model's family, some of them changed.
+
+    Raises:
+        ValueError: unknown family, method, setting or value.
+    """
+    return make_method(name, **dict(family_of(model).method_settings.get(name, {})) | overrides)
+
+
+def _layer_roles(family: Family, plan: Plan) -> list[str]:
     wanted = [*plan.branches, *plan.scales, *(role for role in plan.gains if role != "final_norm")]
-    unknown = [role for role in wanted if role not in family.layer_roles]
+    unknown, known = [role for role in wanted if role not in family.paths.roles], list(family.paths.roles)
     if unknown:
-        raise ValueError(f"family {family.name!r} has no roles {unknown}; expected roles in {list(family.layer_roles)}")
-    return [(role, family.layer_roles[role]) for role in dict.fromkeys(wanted)]
+        raise ValueError(f"family {family.name!r} has no roles {unknown}; expected roles in {known}")
+    return list(dict.fromkeys(wanted))
 
 
-def _part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.Module]:
+def part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.Module]:
+    """The modules of whole parts (`plan.PARTS`), in that order."""
     modules = family.modules_at(model, family.connector) if "connector" in parts else []
     if "embeddings" in parts:
         modules.append(model.get_input_embeddings())
@@ -98,16 +121,16 @@ def _part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.
     return modules
 
 
-def _add_prefix(decoder: nn.Module, plan: Plan) -> None:
-    config = decoder.config
-    attentions = [layer.self_attn for layer in decoder.layers]
+def _add_prefix(decoder: nn.Module, family: Family, plan: Plan) -> None:
+    config, paths = decoder.config, family.paths
+    attentions = [paths.attention_of(layer) for layer in paths.layers_of(decoder)]
     encoder = PrefixEncoder(
         plan.prefix,
         num_layers=len(attentions),
         num_kv_heads=config.num_key_value_heads,
         head_dim=attentions[0].head_dim,
         hidden_size=config.hidden_size,
-        like=decoder.norm.weight,
+        like=paths.norm_of(decoder).weight,
     )
     attach_prefix(decoder, attentions, encoder)
 
@@ -136,20 +159,21 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
     hf_peft.register_readers()
     base = base_model(model)
     family = family_of(base)
-    decoder, layers = family.decoder_of(base), family.layers_of(base)
+    paths, decoder, layers = family.paths, family.decoder_of(base), family.layers_of(base)
     for layer in layers:
-        check_decoder_layer(layer)
-    read_norm(decoder.norm)
+        check_decoder_layer(layer, paths)
+    read_norm(paths.norm_of(decoder))
+    if not isinstance(base, family.model_class):
+        family.adopt(base)
 
     owned = owners(model)
-    for layer in layers:
-        attn, mlp = layer.self_attn, layer.mlp
-        stack_linears([attn.q_proj, attn.k_proj, attn.v_proj], owned)
-        stack_linears([mlp.gate_proj, mlp.up_proj], owned)
-        stack_linears([mlp.down_proj], owned)
+    for layer_idx, layer in enumerate(layers):
+        for roles in (paths.projections, ("gate", "up"), ("down",)):
+            stack_linears([paths.at(layer, role) for role in roles], owned)
         swap_class(layer, FusedDecoderLayer)
+        layer.paths, layer.cache_idx = paths, layer_idx
     layers[-1].is_tail = True
-    swap_class(decoder.norm, FusedRMSNorm)
+    swap_class(paths.norm_of(decoder), FusedRMSNorm)
     for module in family.modules_at(base, family.vision_tower):
         swap_class(module, Graphless)
     swap_class(base, FusedCausalLM)
@@ -157,7 +181,7 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
     base.output_class = family.output_class
     base.sparse_last_layer = family.sparse_last_layer(base.config)
     base.full_attention = set(getattr(decoder.config, "layer_types", None) or ()) <= {"full_attention"}
-    hf_peft.fuse_prefix(model, decoder)
+    hf_peft.fuse_prefix(model, decoder, paths)
     return model
 
 
@@ -165,7 +189,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
     base = base_model(model)
     if is_fused(model):
-        hf_peft.unfuse_prefix(model, family_of(base).decoder_of(base))
+        family = family_of(base)
+        hf_peft.unfuse_prefix(model, family.decoder_of(base), family.paths)
     for module in model.modules():
         if is_swapped(module):
             restore_class(module)

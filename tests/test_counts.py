@@ -5,6 +5,7 @@ from torch import nn
 
 from mmpeft_fast import add_peft, make_method
 from mmpeft_fast.models import FAMILIES, empty_model
+from mmpeft_fast.peft_model import study_method
 
 CONNECTOR = {"llava-1.5-7b": 20_979_712, "llava-1.5-13b": 31_467_520}
 TRAINABLE = {
@@ -35,6 +36,9 @@ TRAINABLE = {
         ("prefix", ("projection", True)): 2_123_883_520,
     },
 }
+# Qwen-VL-Chat with the study's settings for it, and the part of them that its script calls the connector.
+QWEN_VL = {"adapter": 201_326_592, "lora": 224_395_264, "ia3": 483_328, "prefix": 5_242_880}
+QWEN_VL_CONNECTOR = 1_244_659_712  # lm_head and wte
 CASES = [(size, key, count) for size, counts in TRAINABLE.items() for key, count in counts.items()]
 # Percentages of the study's table 15, frozen and tuned connector.
 PERCENT = {
@@ -89,6 +93,15 @@ def test_percentages_of_the_study(size, method, tuned):
     published = PERCENT[size][method][tuned]
     digits = len(str(published).split(".")[1])
     assert abs(percent - published) <= 1.5 * 10**-digits
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("method", QWEN_VL)
+def test_qwen_vl_chat(method, tuned):
+    model = empty_model(FAMILIES["qwen_vl"].sizes["qwen-vl-chat"]())
+    add_peft(model, study_method(model, method), train_connector=tuned)
+    assert trained(model) == QWEN_VL[method] + tuned * QWEN_VL_CONNECTOR
+    assert not any(parameter.requires_grad for parameter in model.transformer.visual.parameters())
 
 
 @pytest.mark.parametrize("size, expected", [("llava-1.5-7b", 266_604_544), ("llava-1.5-13b", 333_337_600)])

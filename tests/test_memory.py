@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmpeft_fast import add_peft, fuse, make_method, peak_bytes, saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
+from mmpeft_fast.ops.stacking import as_rows
 from tests.tiny_models import loss_and_grads, materialize_fake, randomize_trainable, tiny_batch, tiny_model
 
 GIB = 2**30
@@ -20,6 +21,9 @@ def test_activations_at_7b(method):
     batch, length, supervised = 4, 700, 35
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize_fake(model)
+        fuse(model)  # the weights are other tensors now: side by side again
+        attention = model.model.language_model.layers[0].self_attn
+        assert as_rows([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) is not None
         embeddings = torch.empty(batch, length, 4096, dtype=torch.bfloat16)
         labels = torch.zeros(batch, length, dtype=torch.long)
         with FlopCounterMode(display=False) as flops, peak_bytes("cpu", model) as peak, saved_bytes(model) as saved:

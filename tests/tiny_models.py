@@ -28,7 +28,7 @@ def first_text_token() -> int:
 def tiny_model(family_name: str, *, num_layers: int = 2, dtype=torch.float32, seed: int = 0):
     family = FAMILIES[family_name]
     config = family.tiny_config(VOCABULARY, token_id)
-    text = config.text_config
+    text = config.get_text_config()
     text.num_hidden_layers = num_layers + (family_name == "qwen3_vl")  # deepstack takes the first two layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
@@ -37,22 +37,25 @@ def tiny_model(family_name: str, *, num_layers: int = 2, dtype=torch.float32, se
     model = family.model_class(config)
     with torch.no_grad():  # norms at exactly one would hide a forgotten gain
         for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.to(dtype)
 
 
-def tiny_batch(family_name: str, *, batch_size: int = 3, padding_side: str | None = "right", dtype=torch.float32):
+def tiny_batch(
+    family_name: str, *, batch_size: int = 3, padding_side: str | None = "right", dtype=torch.float32, seed: int = 1
+):
     """Text around one image a sample, ragged by 0, 3, 5 padding tokens, a few supervised tokens at the end."""
-    generator = torch.Generator().manual_seed(1)
-    llava = family_name == "llava"
-    num_image_tokens = 64 if llava else 16
-    image = token_id("<image>" if llava else "<|image_pad|>")
+    generator = torch.Generator().manual_seed(seed)
+    num_image_tokens = 64 if family_name == "llava" else 16
+    image = token_id({"llava": "<image>", "qwen_vl": "<imgpad>"}.get(family_name, "<|image_pad|>"))
     length = num_image_tokens + 14
     ids = torch.randint(first_text_token(), VOCABULARY, (batch_size, length), generator=generator)
     ids[:, 2 : 2 + num_image_tokens] = image
+    if family_name == "qwen_vl":
+        ids[:, 1], ids[:, 2 + num_image_tokens] = token_id("<img>"), token_id("</img>")
     mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
     for b in range(batch_size):
         padding = (0, 3, 5)[b % 3] if padding_side else 0
@@ -65,7 +68,7 @@ def tiny_batch(family_name: str, *, batch_size: int = 3, padding_side: str | Non
             ids[b, :padding], mask[b, :padding] = token_id("<pad>"), 0
         labels[b, end - 3 - b : end] = ids[b, end - 3 - b : end]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if llava:
+    if family_name in ("llava", "qwen_vl"):
         batch["pixel_values"] = torch.randn(batch_size, 3, 64, 64, generator=generator).to(dtype)
     else:
         batch["image_grid_thw"] = torch.tensor([[1, 8, 8]] * batch_size)

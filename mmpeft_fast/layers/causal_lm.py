@@ -102,7 +102,7 @@ class FusedCausalLM(Swapped):
             and not kwargs.get("output_hidden_states")
         ):
             kwargs["supervised_rows"] = rows
-        outputs = self.model(**kwargs)
+        outputs = self.base_model(**kwargs)
         hidden = outputs.last_hidden_state
         if "supervised_rows" not in kwargs:
             hidden = torch.take_along_dim(hidden, rows[..., None], dim=1)

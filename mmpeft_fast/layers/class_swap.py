@@ -31,8 +31,8 @@ class Swapped:
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
-    """Puts `mixin` in front of the class of this one instance; a module that is swapped already is left alone."""
-    if not is_swapped(module):
+    """Puts `mixin` in front of the class of this one instance; a module that has it already is left alone."""
+    if not isinstance(module, mixin):
         module.__class__ = subclass(mixin, type(module))
 
 
@@ -41,6 +41,6 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undoes `swap_class`; anything else is left alone."""
-    if is_swapped(module):
+    """Undoes every `swap_class` on this instance; anything else is left alone."""
+    while is_swapped(module):
         module.__class__ = type(module)._swapped_from

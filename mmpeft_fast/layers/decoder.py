@@ -1,6 +1,6 @@
 """A decoder layer as four fused linears around attention; also the classes that norms and vision modules take on.
 
-q, k, v, x   = fused_linear(x,  [q, k, v],    prologue=rms_norm, carry)
+q, k, v, x   = fused_linear(x,  [q, k, v],    prologue=rms_norm, carry)             or one segment [qkv]
 o            = attention(q, k, v, rotation, scales, head norms, prefix)
 x1           = fused_linear(o,  [o],          residual=x)
 gate, up, x1 = fused_linear(x1, [gate, up],   prologue=rms_norm, carry)
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import Swapped
+from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.sites import read_linear, read_norm
+from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
 from mmpeft_fast.ops.dropout import draw_seed
 from mmpeft_fast.ops.fused_linear import fused_linear
@@ -19,14 +21,18 @@ from mmpeft_fast.ops.rms_norm import rms_norm
 
 
 class FusedDecoderLayer(Swapped):
-    """Mixin for the LLaMA-shaped decoder layers of transformers (`self_attn.{q,k,v,o}_proj`, optional head norms,
-    `mlp.{gate,up,down}_proj`, two RMSNorms). Parameters stay where they are; this only replaces the computation.
+    """Mixin for decoder layers made of q, k, v (or a fused qkv), o, gate, up, down, two RMSNorms and optional head
+    norms, found by `paths`. Parameters stay where they are; this only replaces the computation.
 
-    `is_tail` marks the last layer: given `supervised_rows` [B, C] it computes queries, o, and the MLP at those
-    positions only and returns [B, C, H]; keys and values are needed everywhere. `ignore_padding`: causality alone
-    keeps padding out of every row that counts, so the mask is not needed.
+    `cache_idx` is the layer's place in the cache. `query_scale` [B or 1, T, 1] multiplies the queries (log-n
+    attention); never in training, nor with head norms. `is_tail` marks the last layer: given `supervised_rows` [B, C]
+    it computes queries (but those of a fused qkv), o, and the MLP at those positions only and returns [B, C, H]; keys
+    and values are needed everywhere. `ignore_padding`: causality alone keeps padding out of every row that counts, so
+    the mask is not needed.
     """
 
+    paths = DecoderPaths()
+    cache_idx = 0
     is_tail = False
 
     def forward(
@@ -37,22 +43,21 @@ class FusedDecoderLayer(Swapped):
         past_key_values=None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        query_scale: Tensor | None = None,
         supervised_rows: Tensor | None = None,
         ignore_padding: bool = False,
         **kwargs,
     ) -> Tensor:
-        x = hidden_states
-        attn, cos_sin = self.self_attn, position_embeddings
-        gain, eps = read_norm(self.input_layernorm)
-        q, k, v = (read_linear(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+        x, paths = hidden_states, self.paths
+        gain, eps = read_norm(paths.at(self, "input_norm"))
+        projections = [read_linear(paths.at(self, role)) for role in paths.projections]
+        o, gate, up, down = (read_linear(paths.at(self, role)) for role in ("o", "gate", "up", "down"))
         rows = supervised_rows if self.is_tail else None
         mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
 
         # One draw a layer; `stream` keeps the masks of its four calls apart.
-        linears = [q, k, v, read_linear(attn.o_proj)]
-        linears += [read_linear(getattr(self.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
-        _, _, _, o, gate, up, down = linears
-        draws = any(branch.dropout > 0.0 for site in linears for branch in site.segment.branches)
+        sites = (*projections, o, gate, up, down)
+        draws = any(branch.dropout > 0.0 for site in sites for branch in site.segment.branches)
         seed = draw_seed(x.device) if draws else None
 
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
@@ -63,17 +68,29 @@ class FusedDecoderLayer(Swapped):
                 x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=in_scale, seed=seed, carry=True
             )
 
-        if rows is None:
-            q_raw, k_raw, v_raw, x = project(x, q, k, v)
-        else:
-            k_raw, v_raw, x = project(x, k, v)
-            x = torch.take_along_dim(x, rows[..., None], dim=1)
-            q_raw, x = project(x, q)
+        def at_rows(x):
+            return x if rows is None else torch.take_along_dim(x, rows[..., None], dim=1)
 
-        attended = self._attend(attn, (q_raw, k_raw, v_raw), (q, k, v), cos_sin, mask, past_key_values, rows, eps)
+        if len(projections) == 1:
+            qkv, x = project(x, *projections)
+            q, k, v = split_columns(qkv, 3)
+            q, x = at_rows(q), at_rows(x)
+            out_scale = projections[0].segment.out_scale
+            scales = (None,) * 3 if out_scale is None else out_scale.chunk(3)
+        else:
+            scales = [site.segment.out_scale for site in projections]
+            if rows is None:
+                q, k, v, x = project(x, *projections)
+            else:
+                k, v, x = project(x, *projections[1:])
+                q, x = project(at_rows(x), projections[0])
+        if query_scale is not None:
+            q = (q * query_scale).to(q.dtype)
+
+        attended = self._attend((q, k, v), scales, position_embeddings, mask, past_key_values, rows, eps)
         x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
-        gain, eps = read_norm(self.post_attention_layernorm)
+        gain, eps = read_norm(paths.at(self, "post_attention_norm"))
         gate_y, up_y, x1 = fused_linear(
             x1, [gate.segment, up.segment], prologue="rms_norm", gain=gain, eps=eps,
             in_scale=shared_in_scale(gate.in_scale, up.in_scale), seed=seed, stream=2, carry=True,
@@ -82,15 +99,15 @@ class FusedDecoderLayer(Swapped):
             (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3
         )
 
-    def _attend(self, attn, raw, sites, cos_sin, mask, cache, rows, eps) -> Tensor:
-        head_dim, scale = attn.head_dim, attn.scaling
+    def _attend(self, raw, scales, cos_sin, mask, cache, rows, eps) -> Tensor:
+        attn = self.paths.attention_of(self)
+        head_dim = attn.head_dim
+        scale = getattr(attn, "scaling", head_dim**-0.5)
         gains, head_eps = [None, None], eps
         for i, name in enumerate(("q_norm", "k_norm")):
             if hasattr(attn, name):
                 gains[i], head_eps = read_norm(getattr(attn, name))
-        q_how, k_how, v_how = (
-            HeadTransform(site.segment.out_scale, gain) for site, gain in zip(sites, (*gains, None), strict=True)
-        )
+        q_how, k_how, v_how = map(HeadTransform, scales, (*gains, None))
         prefix = getattr(attn, "prefix", None)
         if prefix is not None and cache is not None and getattr(prefix, "lives_in_cache", False):
             prefix = None
@@ -99,13 +116,13 @@ class FusedDecoderLayer(Swapped):
         if cache is None:
             return attention(
                 *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, q_how=q_how, k_how=k_how,
-                v_scale=v_how.scale, eps=head_eps, prefix=prefix,
+                v_scale=v_how.scale, eps=head_eps, prefix=prefix, overwrite=True,
             )  # fmt: skip
         # Cached decoding: plain differentiable torch on what the cache returns.
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)
         k = transform_heads(raw[1], k_how, cos, sin, head_dim, head_eps)
         v = transform_heads(raw[2], v_how, None, None, head_dim, head_eps)
-        k, v = cache.update(k, v, attn.layer_idx)
+        k, v = cache.update(k, v, self.cache_idx)
         causal = mask is None and q.shape[2] > 1
         out = concat_prefix_attention(q, k, v, scale=scale, mask=mask, causal=causal, prefix=prefix)
         return out.transpose(1, 2).flatten(-2)
@@ -165,16 +182,16 @@ class Graphless(Swapped):
             return super().forward(*args, **kwargs)
 
 
-def check_decoder_layer(layer: nn.Module) -> None:
+def check_decoder_layer(layer: nn.Module, paths: DecoderPaths) -> None:
     """Raises ValueError where a layer's computation is not the one `FusedDecoderLayer` performs."""
-    attn, mlp = layer.self_attn, layer.mlp
-    name = type(layer).__name__
-    activation = getattr(layer.mlp.act_fn, "__class__", type(None)).__name__
-    if activation not in ("SiLU", "SiLUActivation"):
-        raise ValueError(f"fuse: {name} has activation {activation}; expected SiLU")
+    attn, name = paths.attention_of(layer), type(layer).__name__
+    if paths.activation is not None:
+        activation = type(layer.get_submodule(paths.activation)).__name__
+        if activation not in ("SiLU", "SiLUActivation"):
+            raise ValueError(f"fuse: {name} has activation {activation}; expected SiLU")
     if getattr(attn, "attention_dropout", 0.0):
         raise ValueError(f"fuse: {name} has attention dropout {attn.attention_dropout}; expected 0")
-    for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        read_linear(linear)
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        read_norm(norm)
+    for role in (*paths.projections, "o", "gate", "up", "down"):
+        read_linear(paths.at(layer, role))
+    for role in ("input_norm", "post_attention_norm"):
+        read_norm(paths.at(layer, role))

@@ -7,6 +7,7 @@ they would not move at the learning rates of LayerNorm-tuning (2e-4).
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import subclass
+from mmpeft_fast.layers.sites import read_norm
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.norms import rms_norm_ref
 
@@ -15,17 +16,16 @@ class WideGain:
     """Mixin for transformers' RMSNorms: the result has the input's dtype, not that of a wider gain."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm_ref(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm_ref(hidden_states, *read_norm(self))
 
 
 def train_gain(norm: nn.Module) -> None:
     """Makes the gain of an RMSNorm trainable, in place, widening it to float32 where it is narrower.
 
     Raises:
-        ValueError: not an RMSNorm in transformers' form.
+        ValueError: not an RMSNorm.
     """
-    if not hasattr(norm, "variance_epsilon"):
-        raise ValueError(f"add_peft: expected an RMSNorm to tune, got {type(norm).__name__}")
+    read_norm(norm)
     wide = accumulate_dtype(norm.weight.dtype)
     if norm.weight.dtype != wide:
         norm.weight = nn.Parameter(norm.weight.detach().to(wide))

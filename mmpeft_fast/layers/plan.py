@@ -6,7 +6,8 @@ A method file builds a `Plan`; a family file says which module plays which role;
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+# A decoder has q, k and v, or one qkv that is all three.
+LINEAR_ROLES = ("q", "k", "v", "o", "gate", "up", "down", "qkv")
 ATTENTION_ROLES = ("q", "k", "v", "o")
 MLP_ROLES = ("gate", "up", "down")
 NORM_ROLES = ("input_norm", "post_attention_norm", "final_norm")

@@ -44,11 +44,14 @@ def _(module: PeftLinear) -> LinearSite:
 
 @functools.singledispatch
 def read_norm(module: nn.Module) -> tuple[Tensor, float]:
-    """Gain [K] and epsilon of an RMSNorm in transformers' form (`weight`, `variance_epsilon`).
+    """Gain [K] and epsilon of an RMSNorm: with `variance_epsilon` (transformers), or a class `RMSNorm` with `eps`.
 
     Raises:
         ValueError: the module is something else.
     """
-    if not hasattr(module, "variance_epsilon"):
-        raise ValueError(f"fuse: cannot read a norm of type {type(module).__name__}; expected an RMSNorm")
-    return module.weight, module.variance_epsilon
+    if hasattr(module, "variance_epsilon"):
+        return module.weight, module.variance_epsilon
+    # The name is all that tells it from norms with `eps` and another formula (LayerNorm, Gemma's 1 + weight).
+    if type(module).__name__ == "RMSNorm" and getattr(module, "eps", None) is not None:
+        return module.weight, module.eps
+    raise ValueError(f"cannot read a norm of type {type(module).__name__}; expected an RMSNorm")

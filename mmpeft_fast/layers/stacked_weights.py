@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft_fast.layers.sites import read_linear
 from mmpeft_fast.ops import dispatch, layout, stacking
@@ -22,7 +23,7 @@ def owners(model: nn.Module) -> Counter:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
 def _is_movable(tensor: Tensor, owned: Counter) -> bool:

@@ -1,14 +1,15 @@
 """Bottleneck adapters: the study's series form (arXiv 2406.05130) and LLM-Adapters' parallel one (Hu et al. 2023).
 
-series:   pre  y = W (x + s U f(D drop x)) + b  on q, k, v, gate, up
+series:   pre  y = W (x + s U f(D drop x)) + b  on q, k, v (or qkv), gate, up
           post y = z + s U f(D drop z), z = W x + b  on o, down
 parallel: y = W x + b + s U f(D drop x)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import INITS, LINEAR_ROLES, BranchPlan, Plan
-from mmpeft_fast.methods.method import Method, check_number, resolve_targets
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number, resolve_targets
 from mmpeft_fast.ops.activations import ACTIVATIONS
 
 _POST_ROLES = ("o", "down")
@@ -50,7 +51,7 @@ class Adapter(Method):
                 raise ValueError(f"Adapter: expected {name} in {list(allowed)}, got {value!r}")
         resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
 
-    def plan(self) -> Plan:
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         def position(role: str) -> str:
             if self.placement == "parallel":
                 return "parallel"
@@ -66,6 +67,6 @@ class Adapter(Method):
                     dropout=self.dropout,
                     init=self.init,
                 )
-                for role in resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
+                for role in resolve_targets(self.targets, LINEAR_ROLES, "Adapter", roles)
             }
         )

@@ -1,9 +1,10 @@
 """IA3 (Liu et al. 2022, section 3.3): k and v are scaled after, the MLP's inner activation before its linear layer."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import LINEAR_ROLES, Plan
-from mmpeft_fast.methods.method import Method, resolve_targets
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, resolve_targets
 
 _INPUT_ROLES = ("down",)
 
@@ -19,12 +20,12 @@ class IA3(Method):
     targets: str | tuple[str, ...] = ("k", "v", "down")
 
     def __post_init__(self):
-        self._roles()
+        self._resolve(LINEAR_ROLES)
 
-    def _roles(self) -> tuple[str, ...]:
+    def _resolve(self, roles: Collection[str]) -> tuple[str, ...]:
         # The named locations mean IA3's own sites; an explicit list may name any role.
         allowed = ("k", "v", "down") if isinstance(self.targets, str) else LINEAR_ROLES
-        return resolve_targets(self.targets, allowed, "IA3")
+        return resolve_targets(self.targets, allowed, "IA3", roles)
 
-    def plan(self) -> Plan:
-        return Plan(scales={role: "input" if role in _INPUT_ROLES else "output" for role in self._roles()})
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
+        return Plan(scales={role: "input" if role in _INPUT_ROLES else "output" for role in self._resolve(roles)})

@@ -1,9 +1,10 @@
 """Tuning LayerNorm in attention (arXiv 2312.11420): the two norms of every block, and what the paper trains beside."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import Plan
-from mmpeft_fast.methods.method import Method
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class LayerNorm(Method):
     embeddings: bool = False
     head: bool = False
 
-    def plan(self) -> Plan:
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         norms = ("input_norm", "post_attention_norm") + (("final_norm",) if self.final else ())
         parts = tuple(part for part in ("connector", "embeddings", "head") if getattr(self, part))
         return Plan(gains=norms, parts=parts)

@@ -1,10 +1,11 @@
 """LoRA (Hu et al. 2021, eq. 3): y = W x + (alpha / r) B A drop(x), A Kaiming, B zero."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import LINEAR_ROLES, BranchPlan, Plan
-from mmpeft_fast.methods.method import Method, check_number, resolve_targets
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number, resolve_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class LoRA(Method):
         r: rank.
         alpha: numerator of the scaling alpha / r.
         dropout: on the branch's input, in [0, 1).
-        targets: "attention", "mlp", "both", or roles among q, k, v, o, gate, up, down.
+        targets: "attention", "mlp", "both", or roles among q, k, v (or qkv), o, gate, up, down.
         rank_stabilized: scaling alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
         independent_masks: one dropout mask a site, as in HF PEFT; otherwise sites that share an input share a mask,
             which has the same distribution for each of them and costs one skinny GEMM instead of several.
@@ -38,8 +39,7 @@ class LoRA(Method):
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
-    def plan(self) -> Plan:
-        roles = resolve_targets(self.targets, LINEAR_ROLES, "LoRA")
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         return Plan(
             branches={
                 role: BranchPlan(
@@ -49,6 +49,6 @@ class LoRA(Method):
                     dropout=self.dropout,
                     stream=LINEAR_ROLES.index(role) if self.independent_masks else 0,
                 )
-                for role in roles
+                for role in resolve_targets(self.targets, LINEAR_ROLES, "LoRA", roles)
             }
         )

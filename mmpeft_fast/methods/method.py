@@ -1,24 +1,29 @@
 """The base of method configurations: a frozen dataclass that turns itself into a placement of primitives."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import ATTENTION_ROLES, LINEAR_ROLES, MLP_ROLES, Plan
 
-_LOCATIONS = {"attention": ATTENTION_ROLES, "mlp": MLP_ROLES, "both": LINEAR_ROLES}
+SEPARATE_ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
+_LOCATIONS = {"attention": (*ATTENTION_ROLES, "qkv"), "mlp": MLP_ROLES, "both": LINEAR_ROLES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A PEFT method with its settings."""
 
-    def plan(self) -> Plan:
-        """What this method places where."""
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
+        """What this method places where, for a decoder layer that has `roles`."""
         raise TypeError(f"{type(self).__name__} does not say what it places")
 
 
-def resolve_targets(targets: str | Sequence[str], allowed: Sequence[str], method: str) -> tuple[str, ...]:
+def resolve_targets(
+    targets: str | Sequence[str], allowed: Sequence[str], method: str, roles: Collection[str] = LINEAR_ROLES
+) -> tuple[str, ...]:
     """Roles from a location ("attention", "mlp", "both") or a sequence of roles, limited to what the method adapts.
+
+    A location means those of its roles that are in `roles`; a sequence is taken as it is.
 
     Raises:
         ValueError: unknown or repeated role, or nothing left.
@@ -26,7 +31,7 @@ def resolve_targets(targets: str | Sequence[str], allowed: Sequence[str], method
     if isinstance(targets, str):
         if targets not in _LOCATIONS:
             raise ValueError(f"{method}: expected targets in {sorted(_LOCATIONS)} or a list of roles, got {targets!r}")
-        roles = tuple(role for role in _LOCATIONS[targets] if role in allowed)
+        roles = tuple(role for role in _LOCATIONS[targets] if role in allowed and role in roles)
     else:
         roles = tuple(targets)
         unknown = [role for role in roles if role not in allowed]

@@ -1,9 +1,10 @@
 """Prefix-tuning (Li & Liang 2021): trainable keys and values in front of every layer's own."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import Plan, PrefixPlan
-from mmpeft_fast.methods.method import Method, check_number
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Prefix(Method):
         if self.projection_width is not None:
             check_number("Prefix", "projection_width", self.projection_width, low=1, integer=True)
 
-    def plan(self) -> Plan:
+    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         return Plan(
             prefix=PrefixPlan(
                 num_virtual_tokens=self.num_virtual_tokens,

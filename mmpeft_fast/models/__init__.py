@@ -4,15 +4,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_fast.models.family import Family
 from mmpeft_fast.models.llava import LLAVA
 from mmpeft_fast.models.qwen2_5_vl import QWEN2_5_VL
 from mmpeft_fast.models.qwen2_vl import QWEN2_VL
 from mmpeft_fast.models.qwen3_vl import QWEN3_VL
+from mmpeft_fast.models.qwen_vl import QWEN_VL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN_VL)}
 
 __all__ = [
     "FAMILIES",
@@ -48,7 +49,7 @@ def family_of(model: nn.Module) -> Family:
     model = base_model(model)
     config = getattr(model, "config", None)
     family = _family_for(getattr(config, "model_type", type(model).__name__), type(model).__name__)
-    if not isinstance(model, family.model_class):
+    if not isinstance(model, family.model_class) and not family.is_publishers(model):
         raise ValueError(f"expected a {family.model_class.__name__}, got {type(model).__name__}")
     return family
 
@@ -60,8 +61,8 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
         ValueError: no such model, or not of a known family.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-        family = _family_for(config.model_type, f"model {name_or_path!r}")
+        config, _ = PretrainedConfig.get_config_dict(name_or_path)
+        family = _family_for(config["model_type"], f"model {name_or_path!r}")
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
         processor = family.processor_class.from_pretrained(name_or_path)
     except (ImportError, OSError, KeyError) as error:

@@ -6,18 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-# Roles of a LLaMA-shaped decoder layer, relative to the layer.
-LLAMA_LAYER_ROLES: Mapping[str, str] = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "input_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-}
+from mmpeft_fast.layers.decoder_paths import DecoderPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +18,9 @@ class Family:
         model_class: the `...ForConditionalGeneration` class.
         processor_class: what turns text and images into its inputs, loaded with a checkpoint.
         model_types: `config.model_type` values that belong to the family.
-        decoder: path of the text model (with `layers`, `norm`, `embed_tokens`, `rotary_emb`).
-        connector: paths of the modules between vision tower and decoder.
+        decoder: path of the text model (with `rotary_emb`).
+        paths: where the decoder keeps its layers, norms and linear sites.
+        connector: paths of what `train_connector` trains: usually the modules between vision tower and decoder.
         vision_tower: paths of the modules that run without a graph while frozen.
         sizes: real configurations by name, each a function without arguments.
         tiny_config: (vocabulary size, id of a token by its text) -> configuration of a few million parameters.
@@ -38,6 +28,10 @@ class Family:
         special_tokens: tokens a tokenizer for this family must know.
         chat_template: Jinja template for processors that are built here.
         sparse_last_layer: whether the last layer may run at supervised positions only.
+        method_settings: what the study (arXiv 2406.05130) set for this family, by the method's name, where that is not
+            the method's own default.
+        is_publishers: whether a model of another class has this family's modules (loaded by the publisher's own code).
+        adopt: gives such a model this package's computation, by classes that `class_swap.restore_class` takes away.
     """
 
     name: str
@@ -53,14 +47,17 @@ class Family:
     tiny_processor: Callable[[PreTrainedTokenizerFast], ProcessorMixin]
     special_tokens: tuple[str, ...]
     chat_template: str
-    layer_roles: Mapping[str, str] = field(default_factory=lambda: LLAMA_LAYER_ROLES)
+    paths: DecoderPaths = field(default_factory=DecoderPaths)
     sparse_last_layer: Callable[[PretrainedConfig], bool] = lambda config: True
+    method_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    is_publishers: Callable[[nn.Module], bool] = lambda model: False
+    adopt: Callable[[nn.Module], None] = lambda model: None
 
     def decoder_of(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.decoder)
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
-        return list(self.decoder_of(model).layers)
+        return self.paths.layers_of(self.decoder_of(model))
 
     def modules_at(self, model: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
         """Modules at `paths`, where a last component `*` means every child."""

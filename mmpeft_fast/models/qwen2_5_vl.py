@@ -7,9 +7,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, real_text, tiny_text, token_ids
 
 
-def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> Qwen2_5_VLConfig:
+def _config(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
+) -> Qwen2_5_VLConfig:
+    extra = {"max_position_embeddings": 128000, "tie_word_embeddings": tied}
     return Qwen2_5_VLConfig(
-        text_config=real_text(hidden, inner, layers, heads, kv_heads, vocab, max_position_embeddings=128000),
+        text_config=real_text(hidden, inner, layers, heads, kv_heads, vocab, **extra),
         vision_config={
             "depth": 32,
             "hidden_size": 1280,
@@ -17,7 +20,7 @@ def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voc
             "num_heads": 16,
             "out_hidden_size": hidden,
         },
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
 
 
@@ -45,6 +48,7 @@ QWEN2_5_VL = replace(
     model_class=Qwen2_5_VLForConditionalGeneration,
     model_types=("qwen2_5_vl",),
     sizes={
+        "qwen2.5-vl-3b": lambda: _config(2048, 11008, 36, 16, 2, 151936, tied=True),
         "qwen2.5-vl-7b": lambda: _config(3584, 18944, 28, 28, 4, 152064),
         "qwen2.5-vl-72b": lambda: _config(8192, 29568, 80, 64, 8, 152064),
     },

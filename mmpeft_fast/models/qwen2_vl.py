@@ -124,6 +124,7 @@ QWEN2_VL = Family(
     sizes={
         "qwen2-vl-2b": lambda: _config(1536, 8960, 28, 12, 2, 151936, True),
         "qwen2-vl-7b": lambda: _config(3584, 18944, 28, 28, 4, 152064, False),
+        "qwen2-vl-72b": lambda: _config(8192, 29568, 80, 64, 8, 152064, False),
     },
     tiny_config=_tiny_config,
     tiny_processor=tiny_processor,

@@ -49,12 +49,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, cos, sin, cos_q, sin_q, mask,
-        head_dim, eps, scale, causal,
+        head_dim, eps, scale, causal, overwrite,
     ):  # fmt: skip
         kernels = ctx.kernels = kernel_set("attention", q)
         how = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
         rotation = Rotation(cos, sin, cos_q, sin_q)
-        transformed = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps)
+        ctx.is_raw = [
+            need_scale or transform.gain is not None
+            for need_scale, transform in zip(ctx.needs_input_grad[3:6], how, strict=True)
+        ]
+        ctx.stacked = stacking.as_columns((q, k, v)) is not None
+        # Columns of one buffer live as long as any of them: what is kept has to take the place of what is not.
+        in_place = tuple(overwrite and ctx.stacked and not is_raw for is_raw in ctx.is_raw[:2])
+        transformed = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps, overwrite=(*in_place, False))
         result = flash_forward(*transformed, mask, causal, scale)
         if prefix_k is not None:
             out, lse = kernels.merge_prefix(
@@ -63,11 +70,6 @@ class _Attention(torch.autograd.Function):
             result = FlashResult(out, lse, result.extra)
         # [B, T, H, DH] in memory where the kernel keeps q's layout, so this is a view.
         out = result.out.transpose(1, 2).flatten(-2)
-        ctx.is_raw = [
-            need_scale or transform.gain is not None
-            for need_scale, transform in zip(ctx.needs_input_grad[3:6], how, strict=True)
-        ]
-        ctx.stacked = stacking.as_columns((q, k, v)) is not None
         kept = [
             raw if is_raw else done.transpose(1, 2).flatten(-2)
             for raw, done, is_raw in zip((q, k, v), transformed, ctx.is_raw, strict=True)
@@ -121,7 +123,7 @@ class _Attention(torch.autograd.Function):
             out=stacking.empty_columns(kept) if ctx.stacked and all(need[:3]) else None,
         )
         (dq, dq_scale, dq_gain), (dk, dk_scale, dk_gain), (dv, dv_scale, _) = grads
-        return dq, dk, dv, dq_scale, dk_scale, dv_scale, dq_gain, dk_gain, dprefix_k, dprefix_v, *(None,) * 9
+        return dq, dk, dv, dq_scale, dk_scale, dv_scale, dq_gain, dk_gain, dprefix_k, dprefix_v, *(None,) * 10
 
 
 def _causal_rows(rows: Tensor, num_keys: int) -> Tensor:
@@ -145,6 +147,7 @@ def attention(
     v_scale: Tensor | None = None,
     eps: float = 1e-6,
     prefix: tuple[Tensor, Tensor] | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Causal attention from raw projections.
 
@@ -157,6 +160,8 @@ def attention(
         q_how, k_how: scale [heads * DH] and head-norm gain [DH] of q and k; v_scale: [HK * DH].
         eps: of the head norms.
         prefix: trainable keys and values, each [HK, P, DH], any float dtype.
+        overwrite: q and k are nobody else's: where q, k and v are columns of one buffer, which lives as long as any of
+            them, what the backward needs may be written there instead of elsewhere.
 
     Returns:
         [B, T or C, H * DH] in q's dtype.
@@ -195,6 +200,7 @@ def attention(
     return _Attention.apply(
         q, k, v, q_how.scale, k_how.scale, v_scale, q_how.gain, k_how.gain, prefix_k, prefix_v,
         cos, sin, cos_q, sin_q, mask, head_dim, eps, head_dim**-0.5 if scale is None else scale, mask is None,
+        overwrite,
     )  # fmt: skip
 
 

@@ -258,16 +258,24 @@ def _as_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def heads(
-    q: Tensor, k: Tensor, v: Tensor, how: tuple[HeadTransform, ...], rotation: Rotation, *, head_dim: int, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    how: tuple[HeadTransform, ...],
+    rotation: Rotation,
+    *,
+    head_dim: int,
+    eps: float,
+    overwrite: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels_torch.heads`."""
     angles = ((rotation.cos_q, rotation.sin_q), (rotation.cos, rotation.sin), (None, None))
     results = []
-    for x, transform, (cos, sin) in zip((q, k, v), how, angles, strict=True):
+    for x, transform, (cos, sin), in_place in zip((q, k, v), how, angles, overwrite, strict=True):
         raw = _as_heads(x, head_dim)
         out = raw
         if cos is not None or transform.scale is not None or transform.gain is not None:
-            out = _as_heads(x.new_empty(x.shape), head_dim)
+            out = raw if in_place else _as_heads(x.new_empty(x.shape), head_dim)
             _ops.heads(raw, transform.scale, transform.gain, eps, cos, sin, out)
         results.append(out)
     return tuple(results)

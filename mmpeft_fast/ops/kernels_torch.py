@@ -245,15 +245,25 @@ def _transform(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: floa
 
 
 def heads(
-    q: Tensor, k: Tensor, v: Tensor, how: tuple[HeadTransform, ...], rotation: Rotation, *, head_dim: int, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    how: tuple[HeadTransform, ...],
+    rotation: Rotation,
+    *,
+    head_dim: int,
+    eps: float,
+    overwrite: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, T, heads * DH] scaled, normalised by head and rotated (not v), as [B, heads, T, DH]: transposed
-    views of [B, T, heads, DH], so that attention lays its output out alike."""
-    return (
-        _transform(q, how[0], rotation.cos_q, rotation.sin_q, head_dim, eps),
-        _transform(k, how[1], rotation.cos, rotation.sin, head_dim, eps),
-        _transform(v, how[2], None, None, head_dim, eps),
-    )
+    views of [B, T, heads, DH], so that attention lays its output out alike. overwrite: which of them take their
+    result's place."""
+    angles = ((rotation.cos_q, rotation.sin_q), (rotation.cos, rotation.sin), (None, None))
+    results = []
+    for x, transform, (cos, sin), in_place in zip((q, k, v), how, angles, overwrite, strict=True):
+        done = _transform(x, transform, cos, sin, head_dim, eps)
+        results.append(_heads(x, head_dim).transpose(1, 2).copy_(done) if in_place else done)
+    return tuple(results)
 
 
 def _transform_backward(dx, x, how, cos, sin, head_dim, eps, needs):

@@ -260,27 +260,41 @@ def post_branch(
     return (out if residual is None else out.add_(residual)), a
 
 
-def _alone(how: tuple[HeadTransform, ...], rotation: Rotation) -> bool:
-    """Whether queries have rotations of their own (the token-sparse tail): two launches then."""
-    return rotation.cos_q is not rotation.cos
+def _launches(rotation: Rotation) -> tuple[tuple[int, ...], ...]:
+    """Which of q, k, v share a launch; queries with rotations of their own (the token-sparse tail) do not."""
+    return ((0, 1, 2),) if rotation.cos_q is rotation.cos else ((0,), (1, 2))
+
+
+def _angles(rotation: Rotation, members: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return (rotation.cos_q, rotation.sin_q) if members[0] == 0 else (rotation.cos, rotation.sin)
 
 
 def heads(
-    q: Tensor, k: Tensor, v: Tensor, how: tuple[HeadTransform, ...], rotation: Rotation, *, head_dim: int, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    how: tuple[HeadTransform, ...],
+    rotation: Rotation,
+    *,
+    head_dim: int,
+    eps: float,
+    overwrite: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels_torch.heads`: one launch, two where q has rows of its own."""
-    parts = [
-        rotary_kernel.Heads(x, scale=transform.scale, gain=transform.gain, rotated=i < 2)
-        for i, (x, transform) in enumerate(zip((q, k, v), how, strict=True))
-        if i < 2 or transform.scale is not None
-    ]
-    if _alone(how, rotation):
-        outs = rotary_kernel.rotary(parts[:1], rotation.cos_q, rotation.sin_q, head_dim=head_dim, eps=eps)
-        outs += rotary_kernel.rotary(parts[1:], rotation.cos, rotation.sin, head_dim=head_dim, eps=eps)
-    else:
-        outs = rotary_kernel.rotary(parts, rotation.cos, rotation.sin, head_dim=head_dim, eps=eps)
-    outs = outs if len(outs) == 3 else [*outs, v]
-    return tuple(out.unflatten(-1, (-1, head_dim)).transpose(1, 2) for out in outs)
+    results = [q, k, v]
+    for members in _launches(rotation):
+        members = [i for i in members if i < 2 or how[i].scale is not None]
+        if not members:
+            continue
+        parts = [rotary_kernel.Heads(results[i], how[i].scale, how[i].gain, rotated=i < 2) for i in members]
+        outs = [
+            part.x if overwrite[i] else torch.empty_like(part.x, memory_format=torch.contiguous_format)
+            for i, part in zip(members, parts, strict=True)
+        ]
+        rotary_kernel.rotary(parts, *_angles(rotation, members), head_dim=head_dim, eps=eps, outs=outs)
+        for i, out in zip(members, outs, strict=True):
+            results[i] = out
+    return tuple(out.unflatten(-1, (-1, head_dim)).transpose(1, 2) for out in results)
 
 
 def _rows_of_heads(dx: Tensor) -> Tensor:
@@ -304,17 +318,15 @@ def heads_backward(
     dys = [_rows_of_heads(dx) for dx in grads]
     outs = list(out) if out is not None else [torch.empty_like(dy, memory_format=torch.contiguous_format) for dy in dys]
     results: list = [None] * 3
-    for members in ((0,), (1, 2)) if _alone(how, rotation) else ((0, 1, 2),):
+    for members in _launches(rotation):
         # v is only copied into its columns: not worth a part where there is nothing to do to it.
         members = [i for i in members if any(needs[i]) and (i < 2 or how[2].scale is not None or out is not None)]
         if not members:
             continue
-        queries = members == [0] and _alone(how, rotation)
-        cos, sin = (rotation.cos_q, rotation.sin_q) if queries else (rotation.cos, rotation.sin)
         launched = rotary_kernel.rotary_backward(
             [dys[i] for i in members],
             [rotary_kernel.Heads(raw[i], scale=how[i].scale, gain=how[i].gain, rotated=i < 2) for i in members],
-            cos, sin, head_dim=head_dim, eps=eps, need_dscale=[needs[i][1] for i in members],
+            *_angles(rotation, members), head_dim=head_dim, eps=eps, need_dscale=[needs[i][1] for i in members],
             need_dgain=[needs[i][2] for i in members], outs=[outs[i] for i in members],
         )  # fmt: skip
         for i, grad in zip(members, launched, strict=True):

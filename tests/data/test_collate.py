@@ -53,7 +53,7 @@ def test_batch_has_what_the_contract_says(processor, samples):
     shape = batch["input_ids"].shape
     for name in ("input_ids", "attention_mask", "labels"):
         assert (batch[name].shape, batch[name].dtype) == (shape, torch.int64)
-    assert ("mm_token_type_ids" in batch) == ("image_grid_thw" in batch) == (processor.image_token != "<image>")
+    assert ("mm_token_type_ids" in batch) == ("image_grid_thw" in batch) == (processor.image_token == "<|image_pad|>")
     targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
     assert type(batch["supervised_capacity"]) is int
     assert batch["supervised_capacity"] == targets.max() == targets[1]

@@ -1,0 +1,134 @@
+"""Text and images to inputs: spans, paths, pixels, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.models.qwen_vl import QwenVLConfig, QwenVLProcessor
+from mmpeft_fast.models.qwen_vl.images import image_processor, path_of
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return QwenVLProcessor(image_processor(448), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def image():
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def expected_pixels(image, size):
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return ((np.asarray(resized) / 255 - MEAN) / DEVIATION).transpose(2, 0, 1)
+
+
+def special(processor, *names):
+    return processor.tokenizer.convert_tokens_to_ids(list(names))
+
+
+def test_pixels(processor, image):
+    pixels = processor(image, "<img></img>", return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 448, 448) and pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels[0].numpy(), expected_pixels(image, 448), rtol=0, atol=2e-6)
+    grey = processor(image.convert("L"), "<img></img>", return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(grey[0].numpy(), expected_pixels(image.convert("L"), 448), rtol=0, atol=2e-6)
+
+
+def test_a_placeholder_is_a_span_of_256_ids(processor, image):
+    start, end, pad = special(processor, "<img>", "</img>", "<imgpad>")
+    for inner in ("", "<imgpad>", "<imgpad>" * 256):
+        ids = processor(image, f"ab<img>{inner}</img>\nab")["input_ids"][0]
+        first = ids.index(start)
+        assert ids[first : first + 258] == [start, *[pad] * 256, end]
+        assert ids.count(pad) == 256 and ids.count(start) == 1
+
+
+@pytest.mark.parametrize("name", ["b.png", "ä 日本.png", "n" * 252 + ".png"])
+def test_a_path_is_its_bytes_and_padding(processor, image, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if len(name) < 250:  # more bytes than a file's name may have
+        image.save(name)
+    start, end, pad = special(processor, "<img>", "</img>", "<imgpad>")
+    images = None if len(name) < 250 else image
+    encoded = processor(images, f"Picture 1: <img>{name}</img>\nis it?", return_tensors="pt")
+    ids = encoded["input_ids"][0].tolist()
+    data = list(name.encode())
+    first = ids.index(start)
+    assert ids[first : first + 258] == [start, *data, *[pad] * (256 - len(data)), end]
+    assert path_of(ids[first + 1 : first + 257], pad) == name
+    np.testing.assert_allclose(encoded["pixel_values"][0].numpy(), expected_pixels(image, 448), rtol=0, atol=2e-6)
+
+
+def test_a_path_of_257_bytes_is_refused(processor, image):
+    with pytest.raises(ValueError, match="expected an image path of 1 to 256 bytes, got 257"):
+        processor(image, f"<img>{'n' * 257}</img>")
+
+
+def test_batch_of_paths_and_placeholders(processor, image, tmp_path):
+    path = tmp_path / "b.png"
+    other = Image.new("RGB", (10, 10), "red")
+    other.save(path)
+    texts = ["ab <img></img>", "no image", f"<img>{path}</img> and <img><imgpad></img>"]
+    encoded = processor([[image], [], [image]], texts, padding=True, return_tensors="pt")
+    assert encoded["pixel_values"].shape == (3, 3, 448, 448)
+    assert torch.equal(encoded["pixel_values"][0], encoded["pixel_values"][2])
+    np.testing.assert_allclose(encoded["pixel_values"][1].numpy(), expected_pixels(other, 448), rtol=0, atol=2e-6)
+    assert encoded["input_ids"].shape == encoded["attention_mask"].shape
+    assert "pixel_values" not in processor(text=["ab", "é"])
+
+
+def test_images_that_do_not_fit_the_text_are_refused(processor, image, tmp_path):
+    with pytest.raises(ValueError, match="an image for each of 1 spans, or for the 1 without a path, got 0"):
+        processor(None, "<img></img>")
+    with pytest.raises(ValueError, match="an image for each of 2 spans, or for the 1 without a path, got 3"):
+        processor([image] * 3, "<img></img><img>b.png</img>")
+    with pytest.raises(ValueError, match="expected a readable image, but b.png cannot be decoded".replace(".", r"\.")):
+        processor(None, "<img>b.png</img>")
+    with pytest.raises(ValueError, match="expected a text"):
+        processor(image)
+
+
+def test_saved_and_loaded(processor, image, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = QwenVLProcessor.from_pretrained(tmp_path)
+    mine, theirs = (one(image, "ab<img></img>\n", return_tensors="pt") for one in (processor, again))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert again.chat_template == processor.chat_template and again.num_queries == 256
+
+
+def test_from_the_publishers_files(vocabulary, image, tmp_path):
+    QwenVLConfig().save_pretrained(tmp_path)
+    (tmp_path / "qwen.tiktoken").write_bytes(vocabulary.path.read_bytes())
+    processor = QwenVLProcessor.from_pretrained(tmp_path)
+    assert processor(image, "<img></img>", return_tensors="pt")["pixel_values"].shape == (1, 3, 448, 448)
+    assert processor.num_queries == 256 and len(processor.tokenizer) == len(vocabulary.ranks) + 217
+
+
+def test_chat_with_images_and_loss_mask(processor, image):
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "ab"}]},
+    ]
+    encoded = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    counted = [i for i, one in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if one]
+    assert processor.tokenizer.decode(counted) == "<|im_start|>\nab<|im_end|>"
+    assert np.asarray(encoded["pixel_values"]).shape == (1, 3, 448, 448)
+
+
+def test_collator(processor, image, tmp_path):
+    image.save(tmp_path / "a.png")
+    sample = Sample(id="0", questions=("<image>\nis it?",), answers=("ab é",), image=tmp_path / "a.png")
+    batch = Collator(processor, padding_side="left")([sample, Sample(id="1", questions=("ab?",), answers=("no",))])
+    answers = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
+    assert answers == ["ab é<|im_end|>", "no<|im_end|>"]
+    assert batch["pixel_values"].shape == (1, 3, 448, 448)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [256, 0]
