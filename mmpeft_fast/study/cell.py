@@ -17,9 +17,8 @@ from mmpeft_fast import __version__
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.data import Collator
 from mmpeft_fast.measure import peak_bytes, saved_bytes
-from mmpeft_fast.methods import make_method
 from mmpeft_fast.models import load_pretrained
-from mmpeft_fast.peft_model import add_peft, fuse
+from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.study.cells import CellSpec
 from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches
 from mmpeft_fast.study.process import child_main
@@ -73,7 +72,7 @@ def _prepare(model: nn.Module, spec: CellSpec) -> tuple[nn.Module, str]:
     """The model with its method, and whose code runs it."""
     if spec.implementation == "frozen":
         return model, "transformers"
-    method = make_method(spec.method, **spec.overrides)
+    method = study_method(model, spec.method, **spec.overrides)
     seed_everything(spec.seed)
     if spec.implementation == "peft":
         return add_baseline(model, method)

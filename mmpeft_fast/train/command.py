@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from mmpeft_fast import add_peft, fuse
+from mmpeft_fast import add_peft, fuse, study_method
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.data import (
     Collator,
@@ -131,8 +131,9 @@ def run(args: argparse.Namespace) -> int:
     """Train as asked; returns the exit code. Raises ValueError for bad input, before anything is written."""
     overrides = {name: getattr(args, name) for name in TrainConfig.__dataclass_fields__ if hasattr(args, name)}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    method = make_method(args.method, **parse_settings(args.set))
-    config = TrainConfig.for_study(args.method, "", **overrides)  # checked before the slow part begins
+    settings = parse_settings(args.set)
+    make_method(args.method, **settings)  # checked before the slow part begins, like the configuration
+    config = TrainConfig.for_study(args.method, "", **overrides)
     check_output(args.output, resume=args.resume)
     check_tracker(config.tracker, args.output)
     samples = _load("", args.data, args.images, args.limit, "train", config.seed)
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
     collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length)
     seed_everything(config.seed)  # the method's initial values
+    method = study_method(model, args.method, **settings)
     model, implementation = _add_method(model, method, args)
     if config.gradient_checkpointing and args.method == "prefix" and implementation.startswith("HF PEFT"):
         raise ValueError(

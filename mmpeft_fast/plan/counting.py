@@ -1,0 +1,212 @@
+"""Counting what a step launches: FLOPs, bytes moved and launches of every op, by part and phase.
+
+FLOPs follow torch's FlopCounterMode: 2 M N K for a product, attention without regard to causality. An op moves its
+operands once: what it reads plus what it writes. Views and allocations are free.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mmpeft_fast.plan.parts import ATTENTION_BACKWARD_OPS, ATTENTION_OPS, Regions, part_of
+from mmpeft_fast.plan.placeholders import is_placeholder
+
+_FREE = frozenset(
+    ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh",
+     "_unsafe_view", "_reshape_alias", "set_", "_local_scalar_dense", "is_same_size", "_has_same_storage_numel")
+)  # fmt: skip
+# Ops that read only as much of their first operand as they write.
+_SELECTING = frozenset(("embedding", "gather", "index", "index_select"))
+_OVERWRITING = frozenset(("copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "bernoulli_"))
+# Products in place, which the registry of FLOP rules does not know.
+_OUT_OF_PLACE = {"addmm_": torch.ops.aten.addmm, "baddbmm_": torch.ops.aten.baddbmm}
+
+
+class Work(NamedTuple):
+    """One launch, or one call of the kernel set with the launches it makes.
+
+    kind: gemm, attention, attention_backward or memory; weight_flops: those of `flops` that make gradients of weights;
+    causal: half of attention's scores are needed.
+    """
+
+    part: str
+    op: str
+    phase: str  # forward, recompute, backward or optimizer
+    kind: str
+    dtype: torch.dtype
+    flops: int
+    bytes: int
+    launches: int
+    weight_flops: int = 0
+    causal: bool = False
+
+
+def moved_bytes(tensor: Tensor) -> int:
+    """Bytes of memory that a tensor's elements lie in; elements of an expanded dimension are the same ones."""
+    size = tensor.element_size()
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        size *= length if stride or not length else 1
+    return size
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> int:
+    """Two products of q's heads with k and v [B, HK, T, DH] forward, five backward, which redoes the first."""
+    batch, heads, rows, head_dim = q.shape
+    columns, value_dim = k.shape[2], v.shape[3]
+    depth = 3 * head_dim + 2 * value_dim if backward else head_dim + value_dim
+    return 2 * batch * heads * rows * columns * depth
+
+
+def op_flops(func, args: tuple, kwargs: dict, out) -> int:
+    """FLOPs of an op of torch, by the rules of its FlopCounterMode; what that leaves out, products in place and the
+    CPU's flash attention, counts as their like."""
+    name = func.overloadpacket.__name__
+    if name in ATTENTION_OPS and name.startswith("_scaled"):
+        return attention_flops(*args[:3], backward=False)
+    if name in ATTENTION_BACKWARD_OPS and name.startswith("_scaled"):
+        return attention_flops(*args[1:4], backward=True)
+    rule = flop_registry.get(_OUT_OF_PLACE.get(name, func.overloadpacket))
+    return 0 if rule is None else rule(*args, **kwargs, out_val=out)
+
+
+def weight_flops(func, args: tuple, flops: int) -> int:
+    """`flops` where a product sums over rows, as gradients of weights do: its left operand is transposed; else 0."""
+    if func.overloadpacket.__name__ not in ("mm", "addmm", "addmm_"):
+        return 0
+    left = args[-2]
+    return flops if left.stride(0) == 1 and left.stride(1) >= left.shape[0] > 1 else 0
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def op_bytes(func, args: tuple, kwargs: dict, out) -> int:
+    """Bytes that an op reads and writes, every operand once."""
+    name = func.overloadpacket.__name__
+    written = _tensors(out)
+    if out is None:  # lists of tensors changed in place
+        changed = [arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments]
+        written = _tensors([arg for arg, is_changed in zip(args, changed, strict=False) if is_changed])
+    if name in _SELECTING:
+        read = [*written, *_tensors(args[1:])]
+    else:
+        inputs = args[1:] if name in _OVERWRITING else args
+        read = _tensors((inputs, {key: value for key, value in kwargs.items() if key != "out"}))
+    return sum(moved_bytes(tensor) for tensor in (*read, *written))
+
+
+def is_free(func) -> bool:
+    """Whether an op launches nothing: it returns a view, allocates or only looks."""
+    if func not in _is_free:
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        _is_free[func] = is_view or func.overloadpacket.__name__ in _FREE
+    return _is_free[func]
+
+
+_is_free: dict[object, bool] = {}
+
+
+def _kind(op: str, flops: int) -> str:
+    if op in ATTENTION_OPS:
+        return "attention"
+    if op in ATTENTION_BACKWARD_OPS:
+        return "attention_backward"
+    return "gemm" if flops else "memory"
+
+
+def _is_causal(func, args: tuple, kwargs: dict) -> bool:
+    """The value of an attention op's `is_causal` argument."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "is_causal":
+            return bool(kwargs.get("is_causal", args[position] if position < len(args) else False))
+    return False
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the work that runs inside: `works` has every distinct `Work` and how often it ran."""
+
+    def __init__(self, regions: Regions):
+        super().__init__()
+        self.works: Counter[Work] = Counter()
+        self.regions = regions
+        self._phase: str | None = None
+        self._call: list[tuple[int, int]] | None = None  # (bytes, launches) inside a call of the kernel set
+
+    @property
+    def phase(self) -> str:
+        if self._phase is not None:
+            return self._phase
+        return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Everything inside is of this phase."""
+        before, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not is_free(func) and _tensors((args, kwargs, out)) and not self._is_table(func, args, out):
+            moved = op_bytes(func, args, kwargs, out)
+            if self._call is not None:
+                self._call.append((moved, 1))
+            else:
+                flops = op_flops(func, args, kwargs, out)
+                written = _tensors(out) or _tensors(args)
+                dtype = written[0].dtype if written else torch.float32
+                of_weights = weight_flops(func, args, flops) if flops else 0
+                causal = _is_causal(func, args, kwargs) if flops else False
+                self._add(func.overloadpacket.__name__, dtype, (flops, of_weights), moved, 1, causal=causal)
+        return out
+
+    def _is_table(self, func, args: tuple, out) -> bool:
+        """Whether a kernel's table of segments goes to the device, which happens once for each shape."""
+        if self._call is None or func.overloadpacket.__name__ != "_to_copy" or is_placeholder(args[0]):
+            return False
+        return args[0].dtype == out.dtype
+
+    def _add(
+        self, op: str, dtype: torch.dtype, flops: tuple[int, int], moved: int, launches: int, *, causal: bool = False
+    ) -> None:
+        """flops: all, and those of weights' gradients (in a backward pass)."""
+        phase = self.phase
+        part = "optimizer" if phase == "optimizer" else part_of(self.regions.current, op)
+        of_weights = flops[1] if phase == "backward" else 0
+        work = Work(part, op, phase, _kind(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal)
+        self.works[work] += 1
+
+    def launch(self, operands: list[Tensor]) -> None:
+        """A kernel launch that torch's dispatcher does not see: reads or writes each operand once."""
+        moved = sum(moved_bytes(tensor) for tensor in operands)
+        if self._call is None:
+            self._add("kernel", operands[0].dtype, (0, 0), moved, 1)
+        else:
+            self._call.append((moved, 1))
+
+    def call(self, op: str, function: Callable, dtype: torch.dtype, flops: tuple[int, int]):
+        """Runs `function()` and counts all it launches as one work with this name and these FLOPs: all, and those of
+        weights' gradients."""
+        if self._call is not None:
+            return function()
+        self._call = []
+        try:
+            result = function()
+            launched = self._call
+        finally:
+            self._call = None
+        if launched:
+            moved, launches = (sum(column) for column in zip(*launched, strict=True))
+            self._add(op, dtype, flops, moved, launches)
+        return result

@@ -1,0 +1,170 @@
+"""One training step of real model code on placeholders, and everything that is counted in it."""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.measure import peak_bytes, saved_bytes
+from mmpeft_fast.models import base_model, empty_model, family_of
+from mmpeft_fast.ops.providers import provider
+from mmpeft_fast.peft_model import add_peft, fuse, study_method
+from mmpeft_fast.plan.counting import Recorder, Work
+from mmpeft_fast.plan.inputs import num_supervised, training_batch
+from mmpeft_fast.plan.parts import Regions
+from mmpeft_fast.plan.placeholders import Placeholders
+from mmpeft_fast.plan.request import DTYPES, Request
+from mmpeft_fast.plan.triton_calls import counted_triton
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """What one step takes.
+
+    Attributes:
+        baseline: whose code runs, such as "HF PEFT 0.21.2".
+        weight_bytes, gradient_bytes, optimizer_bytes: of all parameters and buffers; of the trained parameters; of
+            AdamW's states.
+        saved_bytes: what autograd keeps from the forward pass. peak_bytes: of all tensors, states included.
+        works: every distinct piece of work and how often it ran.
+    """
+
+    baseline: str
+    trainable_params: int
+    frozen_params: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    works: Counter[Work]
+
+
+def count_step(request: Request, device_type: str) -> StepCounts:
+    """Counts a step on a device of a type ("cuda" or "cpu").
+
+    Raises:
+        ValueError: the request does not fit its model, or its implementation has no such combination.
+    """
+    config = request.config()
+    model, baseline = build(request, config)
+    place = Placeholders(device_type)
+    place.materialize(model)
+    inputs = training_batch(
+        config, place, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
+        supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
+    )  # fmt: skip
+    if request.implementation == "fused":
+        inputs["supervised_capacity"] = num_supervised(request.seq_len, request.supervised_fraction)
+        inputs["right_padded"] = True
+    if request.implementation == "frozen":
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    base = base_model(model)
+    regions = Regions(base, family_of(base))
+    recorder = Recorder(regions)
+    if request.checkpointing:
+        _checkpoint(base, place, recorder)
+        inputs["use_cache"] = False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    runs_triton = device_type == "cuda" and request.implementation == "fused"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(counted_triton(recorder) if runs_triton else provider("torch"))
+        stack.enter_context(place)
+        optimizer = _optimizer_with_states(trained)
+        states = _states(optimizer)
+        holder = nn.Module()
+        holder.model = model
+        for i, state in enumerate(states):
+            holder.register_buffer(f"state_{i}", state)
+        stack.enter_context(regions)
+        peak = stack.enter_context(peak_bytes("cpu", holder))
+        with recorder:
+            with saved_bytes(model) as saved:
+                loss = model(**inputs).loss
+            regions.start("head")
+            loss.backward()
+            if optimizer is not None:
+                with recorder.during("optimizer"):
+                    optimizer.step()
+    parameters = list(model.parameters())
+    return StepCounts(
+        baseline=baseline,
+        trainable_params=sum(parameter.numel() for parameter in trained),
+        frozen_params=sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+        weight_bytes=_nbytes([*parameters, *model.buffers()]),
+        gradient_bytes=_nbytes([parameter.grad for parameter in trained if parameter.grad is not None]),
+        optimizer_bytes=_nbytes(states),
+        saved_bytes=saved.bytes,
+        peak_bytes=peak.bytes,
+        works=recorder.works,
+    )
+
+
+def build(request: Request, config) -> tuple[nn.Module, str]:
+    """The model to train, on meta, and whose code it is."""
+    try:
+        model = empty_model(config, dtype=DTYPES[request.dtype])
+    except (TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: transformers cannot build the model of {request.model!r}: {reason}") from error
+    if request.implementation == "frozen":
+        return model.requires_grad_(False).train(), "transformers"
+    own = {id(parameter) for parameter in model.parameters()}
+    method, is_peft = study_method(model, request.method, **request.settings), request.implementation == "peft"
+    add = add_baseline if is_peft else add_peft
+    added = add(model, method, train_connector="connector" in request.train)
+    model, baseline = added if is_peft else (added, "mmpeft-fast")
+    for part, find in (("embeddings", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        if part in request.train:
+            getattr(base_model(model), find)().requires_grad_(True)
+    if request.checkpointing and request.method == "prefix" and baseline.startswith("HF PEFT"):
+        raise ValueError(
+            "checkpointing: expected implementation fused with method prefix; HF PEFT keeps the prefix in the "
+            "key/value cache, which checkpointing turns off"
+        )
+    if not request.fp32_adapters:
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.data = parameter.data.to(DTYPES[request.dtype])
+    return (model if is_peft else fuse(model)).train(), baseline
+
+
+def _checkpoint(model: nn.Module, place: Placeholders, recorder: Recorder) -> None:
+    """Turns activation checkpointing on; what it computes again is counted as such."""
+
+    @contextlib.contextmanager
+    def again():
+        # Function modes are off while the function `backward` runs.
+        with place.functions(), recorder.during("recompute"):
+            yield
+
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), again())}
+    )
+
+
+def _optimizer_with_states(trained: list[nn.Parameter]) -> torch.optim.AdamW | None:
+    """AdamW after a first step, so that its states exist; None where nothing is trained."""
+    if not trained:
+        return None
+    optimizer = torch.optim.AdamW(trained, foreach=trained[0].is_meta)  # as torch chooses on a GPU
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def _states(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    if optimizer is None:
+        return []
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

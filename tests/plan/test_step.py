@@ -1,0 +1,158 @@
+"""What the planner counts equals what a real step on the CPU takes; every family and method is countable on a GPU."""
+
+from collections import Counter
+
+import pytest
+
+from mmpeft_fast.methods import METHODS
+from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.plan.request import Request
+from mmpeft_fast.plan.step import count_step
+from tests.plan.real_step import TINY_IMAGE, measured_step, tiny_config_folder
+
+# A branch of rank 8 takes a launch like one of rank 128, and less time in tests.
+SMALL = {"lora": {"r": 8}, "adapter": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 3}}
+
+
+def request(folder: str, method: str = "lora", **fields) -> Request:
+    plain = {"batch_size": 2, "seq_len": 80, "image_size": TINY_IMAGE, "settings": SMALL.get(method, {})}
+    return Request(model=folder, method=method, **(plain | fields))
+
+
+def check_against_real(wanted: Request) -> None:
+    real, counts = measured_step(wanted), count_step(wanted, "cpu")
+    assert counts.saved_bytes == real.saved_bytes
+    assert sum(count * work.flops for work, count in counts.works.items()) == real.flops
+    # A real step also holds a few scalars, and checkpointing a generator's state for each layer.
+    assert abs(counts.peak_bytes - real.peak_bytes) <= (0.05 if wanted.checkpointing else 0.001) * real.peak_bytes
+
+
+@pytest.mark.parametrize("implementation", ["peft", "fused"])
+@pytest.mark.parametrize("method", METHODS)
+def test_llava_equals_a_real_step(tiny_folders, method, implementation):
+    check_against_real(request(tiny_folders["llava"], method, implementation=implementation))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_a_real_step(tiny_folders, family):
+    check_against_real(request(tiny_folders[family], batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"implementation": "frozen"},
+        {"implementation": "frozen", "checkpointing": True},
+        {"implementation": "peft", "checkpointing": True},
+        {"checkpointing": True},
+        {"dtype": "fp32", "train": ("connector",), "batch_size": 3, "seq_len": 133},
+        {"images": 0, "seq_len": 7, "batch_size": 1, "supervised_fraction": 1.0},
+        {"images": 2, "seq_len": 150},
+    ],
+    ids=str,
+)
+def test_options_equal_a_real_step(tiny_folders, fields):
+    check_against_real(request(tiny_folders["llava"], **fields))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_family_and_method_counts_on_a_gpu(tiny_folders, family, method):
+    wanted = request(tiny_folders[family], method)
+    gpu = count_step(wanted, "cuda")
+    assert gpu.trainable_params > 0 and gpu.saved_bytes > 0 and gpu.peak_bytes > gpu.weight_bytes
+    parts = {work.part for work in gpu.works}
+    assert {"vision", "norms", "gemms", "attention", "head", "optimizer"} <= parts
+    names = {work.op for work in gpu.works}
+    assert "lowrank_gemm" in names and "prologue rms_norm" in names
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_triton_and_torch_have_the_same_products(tiny_folders, method):
+    wanted = request(tiny_folders["llava"], method)
+    flops = [
+        sum(count * work.flops for work, count in count_step(wanted, device).works.items())
+        for device in ("cuda", "cpu")
+    ]
+    assert flops[0] == flops[1]
+
+
+@pytest.mark.parametrize("implementation", ["frozen", "peft"])
+def test_stock_code_takes_flash_attention_on_a_gpu(tiny_folders, implementation):
+    counts = count_step(request(tiny_folders["qwen2_vl"], implementation=implementation), "cuda")
+    attention = {work.op for work in counts.works if work.part == "attention"}
+    assert attention == {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
+    assert all(work.causal for work in counts.works if work.part == "attention")
+
+
+def test_checkpointing_recomputes_the_decoder_and_keeps_less(tiny_folders):
+    plain, saving = (count_step(request(tiny_folders["llava"], checkpointing=on), "cuda") for on in (False, True))
+
+    def flops(counts, phase):
+        return sum(n * work.flops for work, n in counts.works.items() if work.phase == phase)
+
+    decoder = sum(
+        n * work.flops
+        for work, n in plain.works.items()
+        if work.phase == "forward" and work.part not in ("vision", "connector", "inputs", "head")
+    )
+    assert flops(plain, "recompute") == 0
+    # Recomputing ends with the last tensor that a layer has to keep: its final product is left out.
+    assert 0.6 * decoder < flops(saving, "recompute") <= decoder
+    assert flops(saving, "forward") == flops(plain, "forward")
+    # transformers lets the embeddings' result require grad, so the first layer's q, k, v get a gradient of their input.
+    assert flops(saving, "backward") == flops(plain, "backward") + 2 * 160 * 3 * (256 * 256 + 256 * 8)
+    assert saving.saved_bytes < 0.3 * plain.saved_bytes
+
+
+def test_counting_twice_gives_the_same_counts(tiny_folders):
+    wanted = request(tiny_folders["llava"])
+    first, second = (count_step(wanted, "cuda") for _ in range(2))
+    assert first == second
+
+
+def layer_counts(tmp_path, **fields) -> dict[tuple[str, str], int]:
+    """(phase, quantity) of one decoder layer: what a third layer adds."""
+    totals = []
+    for num_layers in (2, 3):
+        folder = tmp_path / str(num_layers)
+        counts = count_step(request(tiny_config_folder("llava", folder, num_layers=num_layers), **fields), "cuda")
+        totals.append(Counter())
+        for work, n in counts.works.items():
+            totals[-1][work.phase, "launches"] += n * work.launches
+            totals[-1][work.phase, "gemm flops"] += n * work.flops * (work.kind == "gemm")
+            totals[-1][work.phase, "weight flops"] += n * work.weight_flops
+    return totals[1] - totals[0]
+
+
+def test_a_fused_layer_of_lora_launches_what_it_should(tmp_path):
+    layer = layer_counts(tmp_path)
+    assert layer["forward", "launches"] <= 14
+    assert layer["backward", "launches"] <= 26
+
+
+def test_products_of_a_stock_layer_follow_from_its_parameters(tmp_path):
+    tokens, rank, hidden, inner = 160, 8, 256, 688
+    frozen = 4 * hidden**2 + 3 * hidden * inner
+    trained = rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    layer = layer_counts(tmp_path, implementation="peft", fp32_adapters=False)
+    assert layer["forward", "gemm flops"] == 2 * tokens * (frozen + trained)
+    assert layer["backward", "weight flops"] == 2 * tokens * trained
+    assert layer["backward", "gemm flops"] == 2 * tokens * (frozen + 2 * trained)
+
+
+def test_prefix_of_hf_peft_excludes_checkpointing(tiny_folders):
+    with pytest.raises(ValueError, match="expected implementation fused with method prefix"):
+        count_step(request(tiny_folders["llava"], "prefix", implementation="peft", checkpointing=True), "cpu")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"images": 2}, "seq_len: expected at least 131 tokens for 2 images of 64 tokens, got 80"),
+        ({"image_size": 65}, "image_size: llava takes 64 pixels, got 65"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(tiny_folders, fields, message):
+    with pytest.raises(ValueError, match=message):
+        count_step(request(tiny_folders["llava"], **fields), "cpu")
