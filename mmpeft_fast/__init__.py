@@ -14,6 +14,7 @@ _HOMES = {
     "add_peft": "peft_model",
     "fuse": "peft_model",
     "is_fused": "peft_model",
+    "study_method": "peft_model",
     "unfuse": "peft_model",
     "Adapter": "methods",
     "IA3": "methods",
@@ -26,6 +27,7 @@ _HOMES = {
     "load_pretrained": "models",
     "provider": "ops.providers",
     "peak_bytes": "measure",
+    "profile": "profiling.session",
     "saved_bytes": "measure",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `mmpeft-fast study | train | doctor`, also as `python -m mmpeft_fast`.
+"""The command line: `mmpeft-fast study | train | plan | profile | doctor`, also as `python -m mmpeft_fast`.
 
 Every sub-command lives in a module with `add_arguments(parser)` and `run(args) -> int`, imported only when called.
 """
@@ -14,6 +14,8 @@ from mmpeft_fast import __version__
 COMMANDS = {
     "study": ("mmpeft_fast.study.command", "run the small study of every method and write its report"),
     "train": ("mmpeft_fast.train.command", "fine-tune a multimodal LLM on your own conversations"),
+    "plan": ("mmpeft_fast.plan.command", "predict time and memory of a training step, without weights or a device"),
+    "profile": ("mmpeft_fast.profiling.command", "run real steps and show where their time and memory go"),
     "doctor": ("mmpeft_fast.doctor", "show versions, devices, and which provider runs each op and why"),
 }
 

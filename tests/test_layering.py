@@ -16,10 +16,11 @@ SHARED = {"measure", "version"}  # leaves that every part may import
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
-    "cli": {"study", "plan", "train", "doctor", "version"},
+    "cli": {"study", "plan", "profiling", "train", "doctor", "version"},
     "__main__": {"cli"},
     "study": {"doctor", "train", "data"} | PEFT_MODEL | CORE,
     "plan": {"doctor", "train", "data"} | PEFT_MODEL | CORE,
+    "profiling": {"plan", "doctor", "train", "data"} | PEFT_MODEL | CORE,
     "train": {"data", "doctor"} | PEFT_MODEL | {"methods", "models"},
     "data": set(),
     "doctor": {"ops"},

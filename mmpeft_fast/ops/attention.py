@@ -59,8 +59,10 @@ class _Attention(torch.autograd.Function):
             for need_scale, transform in zip(ctx.needs_input_grad[3:6], how, strict=True)
         ]
         ctx.stacked = stacking.as_columns((q, k, v)) is not None
-        # Columns of one buffer live as long as any of them: what is kept has to take the place of what is not.
-        in_place = tuple(overwrite and ctx.stacked and not is_raw for is_raw in ctx.is_raw[:2])
+        # Columns of a wider buffer live as long as any of them: what is kept takes the place of what is not.
+        in_place = tuple(
+            overwrite and not is_raw and x.stride(1) > x.shape[2] for x, is_raw in zip((q, k), ctx.is_raw, strict=False)
+        )
         transformed = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps, overwrite=(*in_place, False))
         result = flash_forward(*transformed, mask, causal, scale)
         if prefix_k is not None:
@@ -160,8 +162,8 @@ def attention(
         q_how, k_how: scale [heads * DH] and head-norm gain [DH] of q and k; v_scale: [HK * DH].
         eps: of the head norms.
         prefix: trainable keys and values, each [HK, P, DH], any float dtype.
-        overwrite: q and k are nobody else's: where q, k and v are columns of one buffer, which lives as long as any of
-            them, what the backward needs may be written there instead of elsewhere.
+        overwrite: q and k are nobody else's: where they are columns of a wider buffer, which lives as long as any of
+            its columns, what the backward needs may be written there instead of elsewhere.
 
     Returns:
         [B, T or C, H * DH] in q's dtype.
