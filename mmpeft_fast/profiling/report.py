@@ -1,0 +1,232 @@
+"""report.html of a profile: one self-contained page, without scripts or anything from outside, in the study's look."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+
+from mmpeft_fast.doctor import versions
+from mmpeft_fast.plan.devices import Device
+from mmpeft_fast.plan.parts import PARTS
+from mmpeft_fast.profiling.charts import css_name, memory_areas, stacked_bars
+from mmpeft_fast.profiling.measured import RATIOS, Measured, comparisons
+from mmpeft_fast.profiling.rows import HEADER, OUTSIDE, Row, by_part, cells
+from mmpeft_fast.profiling.storages import ROLES
+from mmpeft_fast.profiling.text import TOTALS, ratio_text, title_of, totals
+
+BETWEEN = "between ops"
+_NUM_OPS = 40
+_RATIO_NAMES = {
+    "time": "time", "launches": "launches", "bytes": "bytes moved", "flops": "FLOPs", "peak": "peak memory"
+}  # fmt: skip
+_LIGHT = ("#4269d0", "#97bbf5", "#9aa3af", "#a463f2", "#0f766e", "#c2571a", "#d9a441", "#aa3355", "#6cc5b0", "#9c6b4e")
+_DARK = ("#6f92f0", "#4f6f9f", "#6b7480", "#b98af5", "#2dbdb0", "#f0864a", "#e0bb62", "#e06c8d", "#3f8f7f", "#b98b6e")
+_ROLE_COLOURS = (2, 7, 3, 4, 6)  # of the palette, in the order of ROLES
+
+NOTES = (
+    ("ms", "median time of a run without tracing; the implementations run in turn, so that they see the same machine."),
+    (
+        "ops ms",
+        "time inside ops (CPU) or kernels (GPU) of a traced run, the one in the middle of three. What it lacks to ms "
+        "is time between ops: Python, the dispatcher, waiting.",
+    ),
+    ("launches", "kernels, copies and fills on a GPU; on a CPU ops that compute or move data. Views are free."),
+    ("MB moved", "every operand of an op once, read or written, whatever caches hold."),
+    (
+        "of roofline",
+        "the fastest time that the device's profile allows, the longer of FLOPs at its rate and bytes at its "
+        "bandwidth, over the measured time. Above 100 % where caches beat the memory's bandwidth.",
+    ),
+    (
+        "part",
+        "follows from the module that runs, forward or backward, and inside the decoder from the op; inputs are "
+        "embeddings, positions, masks; elementwise is what lies between GEMMs, attention and norms.",
+    ),
+    (
+        "memory",
+        "tensors alive, by what they become: a tensor that is saved for the backward pass counts as that from its "
+        "birth on. Scratch memory inside an op is not seen. Other: inputs, activations and gradients of activations "
+        "on their way.",
+    ),
+    ("frozen", "forward and the gradient of the input embeddings of the stock model: nothing is trained."),
+)
+
+
+def report_html(measured: Sequence[Measured], request: Mapping, device: Device | None) -> str:
+    """The page.
+
+    Args:
+        measured: at least one implementation.
+        request: what was asked for; device: the roofline's profile, if there was one.
+    """
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>mmpeft-fast: profile</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>",
+            _head(measured, request, device),
+            _totals(measured),
+            _parts(measured),
+            _memory(measured),
+            _ops(measured),
+            _notes(),
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _style() -> str:
+    """The study's style sheet and the colours of parts and roles."""
+    shared = resources.files("mmpeft_fast.study").joinpath("report.css").read_text(encoding="utf-8")
+    names = [*PARTS, OUTSIDE]
+
+    def variables(palette: Sequence[str]) -> str:
+        return "".join(f"--c{i}: {colour}; " for i, colour in enumerate(palette))
+
+    colours = {css_name(name): f"var(--c{i})" for i, name in enumerate(names)}
+    colours |= {css_name(role): f"var(--c{i})" for role, i in zip(ROLES, _ROLE_COLOURS, strict=True)}
+    colours[css_name(BETWEEN)] = "var(--rule)"
+    rules = "".join(
+        f"svg .{name} {{ fill: {colour}; }} .legend .{name}::before {{ background: {colour}; }}\n"
+        for name, colour in colours.items()
+    )
+    return (
+        f"{shared}:root {{ {variables(_LIGHT)}}}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(_DARK)}}} }}\n{rules}"
+        ".bars svg { max-width: 720px; }\n.figures div { flex-basis: 140px; }\n"
+        ".legend { flex-wrap: wrap; row-gap: 4px; }\n.scroll { margin-bottom: 12px; }\n"
+        "svg .grid { stroke: var(--rule); }\nsvg line.phase { stroke: var(--ink); stroke-opacity: .35; }\n"
+        "svg text.phase { font-size: 11px; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }\n"
+        "svg text.tick { fill: var(--soft); }\n"
+        "svg .peak { fill: var(--ink); stroke: var(--card); stroke-width: 1.5; }\n"
+        "td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }\n"
+        "tr.total td { border-top: 1px solid var(--rule); font-weight: 600; }\n"
+    )
+
+
+def _head(measured: Sequence[Measured], request: Mapping, device: Device | None) -> str:
+    last = f"{measured[-1].name}/{measured[-2].name}" if len(measured) > 1 else ""
+    tiles = [
+        (ratio_text(value), f"{_RATIO_NAMES[name]}, {last.replace('/', ' over ')}")
+        for name, value in comparisons(measured).get(last, {}).items()
+        if value is not None
+    ] or [
+        (f"{measured[0].seconds * 1e3:.3g} ms", "time"),
+        (str(measured[0].whole.launches), "launches"),
+        (f"{measured[0].timeline.peak_bytes / 2**20:.1f} MiB", "peak memory"),
+    ]
+    figures = "".join(f"<div><b>{value}</b><span>{escape(label)}</span></div>" for value, label in tiles)
+    facts = [(one.name, one.origin) for one in measured]
+    facts += [("Versions", ", ".join(f"{name} {version}" for name, version in versions().items() if version))]
+    if request.get("threads"):
+        facts.append(("Threads", str(request["threads"])))
+    if device is not None:
+        facts.append((f"Roofline: {device.name}", "; ".join(f"{k}: {v}" for k, v in device.sources.items())))
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
+    return (
+        f"<header>\n<h1>Profile</h1>\n<p class=lead>{escape(title_of(request))}</p>\n"
+        f"<div class=figures>{figures}</div>\n<dl class=facts>{terms}</dl>\n</header>"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, has_total: bool = False) -> str:
+    """The first column is text, the others numbers."""
+
+    def line(kind: str, texts: Sequence[str], name: str = "") -> str:
+        inside = "".join(
+            f"<{kind}{' class=number' if i else ''}>{escape(text)}</{kind}>" for i, text in enumerate(texts)
+        )
+        return f"<tr{name}>{inside}</tr>"
+
+    body = [line("td", row, " class=total" if has_total and row is rows[-1] else "") for row in rows]
+    return f"<div class=scroll><table><thead>{line('th', header)}</thead>\n<tbody>{''.join(body)}</tbody></table></div>"
+
+
+def _totals(measured: Sequence[Measured]) -> str:
+    section = f"<section>\n<h2>Side by side</h2>\n{_table(TOTALS, totals(measured))}\n"
+    found = comparisons(measured)
+    if found:
+        ratios = [
+            (pair.replace("/", " over "), *(ratio_text(values[name]) for name in RATIOS))
+            for pair, values in found.items()
+        ]
+        section += _table(("ratio", *(_RATIO_NAMES[name] for name in RATIOS)), ratios)
+    return section + "</section>"
+
+
+def _legend(names: Sequence[str]) -> str:
+    return f"<p class=legend>{''.join(f'<span class={css_name(name)}>{escape(name)}</span>' for name in names)}</p>"
+
+
+def _parts(measured: Sequence[Measured]) -> str:
+    found = {one.name: by_part(one.rows) for one in measured}
+    bars = {}
+    for one in measured:
+        bars[one.name] = {row.part: row.seconds * 1e3 for row in found[one.name]}
+        between_s = one.seconds - one.whole.seconds
+        if between_s > 0:
+            bars[one.name][BETWEEN] = between_s * 1e3
+    seen = [name for name in (*PARTS, OUTSIDE, BETWEEN) if any(name in values for values in bars.values())]
+    chart = stacked_bars("Time by part", bars, "ms")
+    names = [part for part in seen if part != BETWEEN]
+    rows = [
+        (part, *(f"{bars[one.name].get(part, 0.0):.3f}" for one in measured), *_part_ratio(part, measured, bars))
+        for part in names
+    ]
+    header = ("ops ms", *bars, *([f"{measured[-1].name} over {measured[-2].name}"] if len(measured) > 1 else []))
+    details = "".join(
+        f"<details><summary>{escape(one.name)}, all numbers</summary>"
+        f"{_rows_table('part', [(row.part, row) for row in found[one.name]], one)}</details>"
+        for one in measured
+    )
+    return (
+        f"<section>\n<h2>Time by part</h2>\n{_legend(seen)}\n<figure class=bars>{chart}</figure>\n"
+        f"{_table(header, rows)}\n{details}\n</section>"
+    )
+
+
+def _part_ratio(part: str, measured: Sequence[Measured], bars: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The last implementation over the one before, in a list that is empty where there is one only."""
+    if len(measured) < 2:
+        return []
+    one, other = (bars[measured[i].name].get(part, 0.0) for i in (-1, -2))
+    return [ratio_text(one / other if other else None)]
+
+
+def _rows_table(title: str, rows: Sequence[tuple[str, Row]], one: Measured) -> str:
+    whole = one.whole
+    lines = [(label, *cells(row, whole)) for label, row in rows] + [("all", *cells(whole, whole))]
+    return _table((title, *HEADER), lines, has_total=True)
+
+
+def _memory(measured: Sequence[Measured]) -> str:
+    most = max(one.timeline.peak_bytes for one in measured)
+    charts = "".join(
+        f"<figure><figcaption>{escape(one.name)}</figcaption>{memory_areas(one.name, one.timeline, most)}</figure>"
+        for one in measured
+    )
+    held = {one.name: one.timeline.peak_by_role() for one in measured}
+    rows = [(role, *(f"{held[one.name][role] / 2**20:.2f}" for one in measured)) for role in ROLES]
+    rows.append(("all", *(f"{one.timeline.peak_bytes / 2**20:.2f}" for one in measured)))
+    return (
+        f"<section>\n<h2>Memory</h2>\n{_legend(ROLES)}\n<div class=charts>{charts}</div>\n"
+        f"<h3>What holds the peak, MiB</h3>{_table(('', *held), rows, has_total=True)}</section>"
+    )
+
+
+def _ops(measured: Sequence[Measured]) -> str:
+    items = []
+    for one in measured:
+        rows = [(f"{row.part}: {row.op}, {row.phase}", row) for row in one.rows[:_NUM_OPS]]
+        left = f", the {_NUM_OPS} slowest" if len(one.rows) > _NUM_OPS else ""
+        opened = " open" if one is measured[-1] else ""
+        items.append(
+            f"<details{opened}><summary>{escape(one.name)} <span class=small>{len(one.rows)} kinds of ops{left}</span>"
+            f"</summary>{_rows_table('op', rows, one)}</details>"
+        )
+    return f"<section>\n<h2>Ops</h2>\n{''.join(items)}</section>"
+
+
+def _notes() -> str:
+    notes = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in NOTES)
+    return f"<section>\n<h2>What the numbers mean</h2>\n<dl class=notes>\n{notes}</dl>\n</section>"
