@@ -1,13 +1,16 @@
 """Activations alive after the forward pass of LLaMA-7B shapes: 4 x 700 tokens, 35 supervised a sample, fake tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpeft_fast import add_peft, fuse, make_method, peak_bytes, saved_bytes
+from mmpeft_fast import add_peft, fuse, make_method, peak_bytes, provider, saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
+from mmpeft_fast.ops.providers import why_not_installed
 from mmpeft_fast.ops.stacking import as_rows
 from tests.tiny_models import loss_and_grads, materialize_fake, randomize_trainable, tiny_batch, tiny_model
 
@@ -73,3 +76,27 @@ def test_fused_keeps_less_than_the_eager_definition(method):
         fuse(model)
     assert kept["fused"] < 0.7 * kept["eager"]
     loss_and_grads(model, batch)
+
+
+@pytest.mark.parametrize("provider_name", ["torch", "cpu"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "layernorm-simp"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_rotation_in_place_leaves_what_the_backward_needs(family, method, provider_name):
+    """q, k, v from one GEMM, q rotated in place while k and v are kept raw (IA3): equal to weights that lie apart."""
+    reason = why_not_installed(provider_name)
+    if reason is not None:
+        pytest.skip(reason)
+    # Layers that get no gradient and the sparse last one behave otherwise: what matters is the one between.
+    model = add_peft(tiny_model(family, num_layers=3), make_method(method))
+    randomize_trainable(model)
+    fuse(model.train())
+    apart = copy.deepcopy(model)  # copies of parameters have memory of their own
+    results = []
+    for each in (model, apart):
+        torch.manual_seed(0)
+        with provider(provider_name):
+            results.append(loss_and_grads(each, tiny_batch(family)))
+    (loss, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(loss, expected)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name])

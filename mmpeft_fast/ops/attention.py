@@ -63,7 +63,9 @@ class _Attention(torch.autograd.Function):
         in_place = tuple(
             overwrite and not is_raw and x.stride(1) > x.shape[2] for x, is_raw in zip((q, k), ctx.is_raw, strict=False)
         )
-        transformed = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps, overwrite=(*in_place, False))
+        # `.data` has a version counter of its own: k and v, columns of the same buffer, are kept as they came.
+        places = (q.data if in_place[0] else q, k.data if in_place[1] else k, v)
+        transformed = kernels.heads(*places, how, rotation, head_dim=head_dim, eps=eps, overwrite=(*in_place, False))
         result = flash_forward(*transformed, mask, causal, scale)
         if prefix_k is not None:
             out, lse = kernels.merge_prefix(
