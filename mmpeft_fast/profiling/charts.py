@@ -19,6 +19,11 @@ def css_name(name: str) -> str:
     return name.replace(" ", "-")
 
 
+def readable(value: float) -> str:
+    """Three digits, never an exponent: 0.123, 45.6, 1,388."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """Horizontal bars of stacked values.
 
@@ -39,9 +44,9 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str)
                 f'height="{_BAR_HEIGHT}"><title>{escape(name)}: {value:.3f} {unit}</title></rect>'
             )
             x += value * scale
-        shapes.append(_text(x + 6, y + _BAR_HEIGHT / 2, f"{sum(values.values()):.3g} {unit}", "start"))
+        shapes.append(_text(x + 6, y + _BAR_HEIGHT / 2, f"{readable(sum(values.values()))} {unit}", "start"))
     height = len(bars) * (_BAR_HEIGHT + _BAR_GAP) - _BAR_GAP
-    spoken = "; ".join(f"{label} {sum(values.values()):.3g} {unit}" for label, values in bars.items())
+    spoken = "; ".join(f"{label} {readable(sum(values.values()))} {unit}" for label, values in bars.items())
     return _svg(_WIDTH, height, f"{title}: {spoken}", shapes)
 
 

@@ -7,7 +7,7 @@ from importlib import resources
 from mmpeft_fast.doctor import versions
 from mmpeft_fast.plan.devices import Device
 from mmpeft_fast.plan.parts import PARTS
-from mmpeft_fast.profiling.charts import css_name, memory_areas, stacked_bars
+from mmpeft_fast.profiling.charts import css_name, memory_areas, readable, stacked_bars
 from mmpeft_fast.profiling.measured import RATIOS, Measured, comparisons
 from mmpeft_fast.profiling.rows import HEADER, OUTSIDE, Row, by_part, cells
 from mmpeft_fast.profiling.storages import ROLES
@@ -111,7 +111,7 @@ def _head(measured: Sequence[Measured], request: Mapping, device: Device | None)
         for name, value in comparisons(measured).get(last, {}).items()
         if value is not None
     ] or [
-        (f"{measured[0].seconds * 1e3:.3g} ms", "time"),
+        (f"{readable(measured[0].seconds * 1e3)} ms", "time"),
         (str(measured[0].whole.launches), "launches"),
         (f"{measured[0].timeline.peak_bytes / 2**20:.1f} MiB", "peak memory"),
     ]

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mmpeft_fast.profiling.charts import memory_areas, stacked_bars
+from mmpeft_fast.profiling.charts import memory_areas, readable, stacked_bars
 from mmpeft_fast.profiling.measured import Measured, comparisons
 from mmpeft_fast.profiling.report import report_html
 from mmpeft_fast.profiling.rows import OUTSIDE, Row, by_part, total
@@ -109,3 +109,7 @@ def test_areas_stack_up_to_the_peak():
     assert float(svg.find("circle").get("cy")) == pytest.approx(min(heights["saved-for-backward"]), abs=0.1)
     assert "peak 12.0 MiB" in svg.get("aria-label") and ROLES[3] in svg.get("aria-label")
     assert ElementTree.fromstring(memory_areas("nothing", NOTHING, 0)).find("circle") is None
+
+
+def test_numbers_are_never_exponents():
+    assert [readable(value) for value in (0.0, 0.1234, 45.63, 99.96, 1387.8)] == ["0", "0.123", "45.6", "100", "1,388"]
