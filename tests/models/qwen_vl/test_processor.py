@@ -1,9 +1,12 @@
 """Text and images to inputs: spans, paths, pixels, and what is refused."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ProcessorMixin
 
 from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models.qwen_vl import QwenVLConfig, QwenVLProcessor
@@ -11,6 +14,9 @@ from mmpeft_fast.models.qwen_vl.images import image_processor, path_of
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
+
+# transformers 5.17, the oldest that is supported.
+IS_OLD = not hasattr(ProcessorMixin, "get_text_with_replacements")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,10 @@ def test_images_that_do_not_fit_the_text_are_refused(processor, image, tmp_path)
         processor(image)
 
 
+@pytest.mark.skipif(
+    IS_OLD and importlib.util.find_spec("torchvision") is None,
+    reason="this transformers loads no image processor without torchvision",
+)
 def test_saved_and_loaded(processor, image, tmp_path):
     processor.save_pretrained(tmp_path)
     again = QwenVLProcessor.from_pretrained(tmp_path)
@@ -111,6 +121,7 @@ def test_from_the_publishers_files(vocabulary, image, tmp_path):
     assert processor.num_queries == 256 and len(processor.tokenizer) == len(vocabulary.ranks) + 217
 
 
+@pytest.mark.skipif(IS_OLD, reason="this transformers computes assistant masks before images are expanded")
 def test_chat_with_images_and_loss_mask(processor, image):
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "is it?"}]},
