@@ -98,16 +98,22 @@ MMPEFT_INLINE F32 tanh(F32 x) {
   return select(square < 0.0625f, series, form);
 }
 
-// Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+// The normal distribution's cumulative function, and e^(-x^2 / 2) on the way to it. Abramowitz and Stegun 7.1.26 of
+// x / sqrt(2), halved: absolute error 8e-8.
+struct Normal {
+  F32 cumulative, exponential;
+};
 template <typename T>
-MMPEFT_INLINE F32 erf(F32 x) {
-  F32 t = reciprocal<T>(1.0f + 0.3275911f * absolute(x));
-  F32 p = splat(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  return with_sign_of(1.0f - p * t * exp<T>(-x * x), x);
+MMPEFT_INLINE Normal normal(F32 x) {
+  const F32 e = exp<T>(x * x * -0.5f);
+  const F32 t = reciprocal<T>(1.0f + 0.23164189f * absolute(x));
+  F32 p = splat(0.5307027145f);
+  p = p * t - 0.726576014f;
+  p = p * t + 0.7107068705f;
+  p = p * t - 0.142248368f;
+  p = p * t + 0.127414796f;
+  const F32 tail = p * t * e;
+  return {select(x < 0.0f, tail, 1.0f - tail), e};
 }
 
 }  // namespace MMPEFT_ISA

@@ -30,7 +30,7 @@ MMPEFT_INLINE F32 activate(F32 a) {
   if constexpr (kName == Activation::kTanh) return tanh<T>(a);
   // Written so that a nan stays one.
   if constexpr (kName == Activation::kRelu) return select(a < 0.0f, F32{}, a);
-  if constexpr (kName == Activation::kGelu) return 0.5f * a * (1.0f + erf<T>(a * 0.70710678f));
+  if constexpr (kName == Activation::kGelu) return a * normal<T>(a).cumulative;
   if constexpr (kName == Activation::kSilu) return a * sigmoid<T>(a);
   return a;
 }
@@ -42,8 +42,10 @@ MMPEFT_INLINE F32 derivative(F32 a) {
     return 1.0f - z * z;
   }
   if constexpr (kName == Activation::kRelu) return select(a > 0.0f, splat(1.0f), F32{});
-  if constexpr (kName == Activation::kGelu)
-    return 0.5f * (1.0f + erf<T>(a * 0.70710678f)) + a * exp<T>(-0.5f * a * a) * 0.39894228f;
+  if constexpr (kName == Activation::kGelu) {
+    const Normal at = normal<T>(a);
+    return at.cumulative + a * at.exponential * 0.39894228f;
+  }
   if constexpr (kName == Activation::kSilu) return silu_derivative(a, sigmoid<T>(a));
   return splat(1.0f);
 }

@@ -46,7 +46,7 @@ MMPEFT_INLINE float inverse_rms_of_head(const T* x, const float* scale, int64_t 
     const F32 v = scaled(x, scale, d, part);
     squares += v * v;
   });
-  return 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(n) + eps);
+  return inverse_rms(squares, n, eps);
 }
 
 template <typename T>
@@ -122,21 +122,18 @@ void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, 
     };
     if (args.gain) {
       // All heads' sums first: one after the other, each head would wait for its own.
-      for (int64_t head = 0; head < args.heads; ++head)
-        rstds[head] = inverse_rms_of_head(head_of<T>(args.x, b, head, t), scale_of(head), n, args.eps);
       for (int64_t head = 0; head < args.heads; ++head) {
         const T* x = head_of<T>(args.x, b, head, t);
         const float* scale = scale_of(head);
-        const float rstd = rstds[head];
-        F32 projection{};
+        F32 squares{}, projection{};
         unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
-          const F32 dgain_part = rounded<T>(v) * (scaled(x, scale, d, part) * rstd);
-          if (dgain) add_to(dgain + d, dgain_part, part);
-          projection += dgain_part * load(args.gain + d, part);
+          const F32 at = scaled(x, scale, d, part);
+          squares += at * at;
+          projection += rounded<T>(v) * load(args.gain + d, part) * at;
         });
-        means[head] = sum_of(projection) / static_cast<float>(n);
+        rstds[head] = inverse_rms(squares, n, args.eps);
+        means[head] = sum_of(projection) * rstds[head] / static_cast<float>(n);
       }
-      if (!args.dx.data && !dscale) continue;
     }
     for (int64_t head = 0; head < args.heads; ++head) {
       const T* x = args.x.data ? head_of<T>(args.x, b, head, t) : nullptr;
@@ -148,6 +145,7 @@ void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, 
         if (args.gain || scale) v = rounded<T>(v);
         if (args.gain) {
           const F32 normalised = scaled(x, scale, d, part) * rstd;
+          if (dgain) add_to(dgain + d, v * normalised, part);
           v = (v * load(args.gain + d, part) - normalised * mean) * rstd;
           if (scale) v = rounded<T>(v);
         }

@@ -9,8 +9,12 @@
 namespace mmpeft {
 namespace MMPEFT_ISA {
 
+MMPEFT_INLINE float inverse_rms(F32 squares, int64_t width, float eps) {
+  return 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
+}
+
 template <typename T>
-MMPEFT_INLINE float inverse_rms(const T* x, int64_t width, float eps) {
+MMPEFT_INLINE float inverse_rms_of_row(const T* x, int64_t width, float eps) {
   F32 sums[4] = {};
   int64_t k = 0;
   for (; k + 4 * kLanes <= width; k += 4 * kLanes)
@@ -23,8 +27,7 @@ MMPEFT_INLINE float inverse_rms(const T* x, int64_t width, float eps) {
     F32 v = load(x + col, part);
     sums[0] += v * v;
   });
-  const float square = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  return 1.0f / std::sqrt(square / static_cast<float>(width) + eps);
+  return inverse_rms((sums[0] + sums[1]) + (sums[2] + sums[3]), width, eps);
 }
 
 // What a prologue makes of a few columns of its input, rounded like eager torch's but for the last step, which the
@@ -55,16 +58,19 @@ void prologue_rows(const PrologueArgs args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = row_of<T>(args.x, row);
     const T* up = kName == Prologue::kSwiglu ? row_of<T>(args.up, row) : nullptr;
+    const int64_t next_row = row + 1 < end ? args.x.stride : 0;
     T* h_row = row_to_write<T>(args.h, row);
     T* dropped_row = row_to_write<T>(args.dropped, row);
     float rstd = 0.0f;
     if constexpr (kName == Prologue::kRmsNorm) {
-      rstd = args.rstd ? args.rstd[row] : inverse_rms(x, args.width, args.eps);
+      rstd = args.rstd ? args.rstd[row] : inverse_rms_of_row(x, args.width, args.eps);
       if (args.rstd_out) args.rstd_out[row] = rstd;
     }
     if (!h_row && !dropped_row) continue;
     for_dropout_blocks(args.dropout, row, args.width, [&](int64_t first, int64_t last, const int16_t* keep) {
       for_columns(first, last, [&](int64_t k, auto part) {
+        // The next row's statistic would wait for memory, which is idle now.
+        if constexpr (kName == Prologue::kRmsNorm) prefetch(x + next_row + k);
         F32 h = columns_of<kName>(x, up, args.gain, rstd, k, part).h;
         if (args.in_scale) h = rounded<T>(h) * load(args.in_scale + k, part);
         Bits bits = Format<T>::narrow(h);

@@ -27,6 +27,7 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
     const T* x = args.x.data ? row_of<T>(args.x, row) : nullptr;
     const T* up = args.up.data ? row_of<T>(args.up, row) : nullptr;
     const T* dresidual = args.dresidual.data ? row_of<T>(args.dresidual, row) : nullptr;
+    const int64_t next_x = row + 1 < end ? args.x.stride : 0, next_dh = row + 1 < end ? args.dh.stride : 0;
     T* dx_row = row_to_write<T>(args.dx, row);
     T* dup_row = row_to_write<T>(args.dup, row);
     T* dropped_row = row_to_write<T>(args.dropped, row);
@@ -73,6 +74,9 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
       if (!dx_row) continue;
       const float mean = sum_of(projection) / static_cast<float>(width);
       for_columns(0, width, [&](int64_t k, auto part) {
+        // The next row's sums would wait for memory, which is idle now.
+        prefetch(x + next_x + k);
+        prefetch(dh_row + next_dh + k);
         F32 dx = (load(scratch + k, part) - load(x + k, part) * rstd * mean) * rstd;
         if (dresidual) dx += load(dresidual + k, part);
         store(dx_row + k, dx, part);

@@ -258,6 +258,9 @@ MMPEFT_INLINE F32 rounded(F32 v) {
   return Format<T>::round(v);
 }
 
+// Asks for the cache line at p ahead of its use, which may be never.
+MMPEFT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 template <typename T, typename R>
 MMPEFT_INLINE const T* row_of(const R& rows, int64_t row) {
   return static_cast<const T*>(rows.data) + row * rows.stride;

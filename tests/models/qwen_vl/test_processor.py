@@ -5,8 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
-from transformers import ProcessorMixin
 
 from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models.qwen_vl import QwenVLConfig, QwenVLProcessor
@@ -15,8 +16,8 @@ from mmpeft_fast.models.qwen_vl.images import image_processor, path_of
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
 
-# transformers 5.17, the oldest that is supported.
-IS_OLD = not hasattr(ProcessorMixin, "get_text_with_replacements")
+# 5.17 lacks both, 5.23 has them; no version between was tried.
+IS_OLD = Version(transformers.__version__) < Version("5.23")
 
 
 @pytest.fixture(scope="module")
