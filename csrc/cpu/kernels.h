@@ -167,7 +167,8 @@ struct Kernels {
   int lanes;  // floats in a vector
   RowKernel<KeepBitsArgs> keep_bits;
   RowKernel<PrologueArgs> prologue[kNumDtypes];
-  // scratch: [width] of rms_norm with dx. dgain, din_scale: [width] sums that the range is added to, or null.
+  // scratch: [width] of rms_norm with low or in_scale. dgain, din_scale: [width] sums that the range is added to, or
+  // null.
   void (*prologue_backward[kNumDtypes])(const PrologueBackwardArgs&, int64_t begin, int64_t end, float* scratch,
                                         float* dgain, float* din_scale);
   // scratch: [2 * (head_dim + heads)].

@@ -100,7 +100,7 @@ void prologue_backward(std::string_view name, const at::Tensor& dh, const Option
     if (*sum) check_output(op, sum_name, **sum, {width}, at::kFloat);
 
   const auto kernel = kernels().prologue_backward[dtype_idx];
-  const bool needs_scratch = is_norm && dx;
+  const bool needs_scratch = is_norm && (low || in_scale);
   if (!dgain && !din_scale) {
     parallel_rows(num_rows, width, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(needs_scratch ? width : 0);

@@ -13,8 +13,8 @@ constexpr int64_t kIgnoreIndex = -100;
 // Logits that are read twice, for their maximum and for the sum, while they are in the first-level cache.
 constexpr int64_t kLogitsBlock = 2048;
 
-// The log-sum-exp of a row: a running maximum and the sum relative to it, block by block. Of 16-bit logits it is right to
-// 4e-6, far less than their own rounding.
+// The log-sum-exp of a row: a running maximum and the sum relative to it, block by block. Of 16-bit logits it is right
+// to 4e-6, far less than their own rounding.
 template <typename T>
 float logsumexp(const T* logits, int64_t num_words) {
   const float infinity = __builtin_inff();

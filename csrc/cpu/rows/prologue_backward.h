@@ -32,6 +32,8 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
     T* dup_row = row_to_write<T>(args.dup, row);
     T* dropped_row = row_to_write<T>(args.dropped, row);
     const float rstd = kName == Prologue::kRmsNorm ? args.rstd[row] : 0.0f;
+    // rms_norm's second sweep takes dh from here where the first one changed it.
+    T* kept = kName == Prologue::kRmsNorm && (low_row || args.in_scale) ? reinterpret_cast<T*>(scratch) : nullptr;
     F32 projection{};
 
     for_dropout_blocks(args.dropout, row, width, [&](int64_t first, int64_t last, const int16_t* keep) {
@@ -56,13 +58,8 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
           if (dresidual) dh += load(dresidual + k, part);
           if (dx_row) store(dx_row + k, dh, part);
         } else if constexpr (kName == Prologue::kRmsNorm) {
-          const F32 normalised = at.x * rstd;
-          if (dgain) add_to(dgain + k, dh * normalised, part);
-          if (dx_row) {
-            const F32 dnormalised = dh * load(args.gain + k, part);
-            projection += dnormalised * normalised;
-            store(scratch + k, dnormalised, part);
-          }
+          if (kept) store(kept + k, dh, part);
+          projection += dh * load(args.gain + k, part) * (at.x * rstd);
         } else if (dx_row || dup_row) {
           if (dup_row) store(dup_row + k, dh * at.activated, part);
           if (dx_row) store(dx_row + k, rounded<T>(dh * at.up) * silu_derivative(at.x, at.sigmoid_x), part);
@@ -71,13 +68,19 @@ void prologue_backward_rows(const PrologueBackwardArgs args, int64_t begin, int6
     });
 
     if constexpr (kName == Prologue::kRmsNorm) {
-      if (!dx_row) continue;
       const float mean = sum_of(projection) / static_cast<float>(width);
+      const T* second = kept ? kept : dh_row;
       for_columns(0, width, [&](int64_t k, auto part) {
-        // The next row's sums would wait for memory, which is idle now.
-        prefetch(x + next_x + k);
-        prefetch(dh_row + next_dh + k);
-        F32 dx = (load(scratch + k, part) - load(x + k, part) * rstd * mean) * rstd;
+        // The next row's sums would wait for memory, which is idle now; but rows of floats, or more than these two,
+        // push each other out of the first-level cache.
+        if (sizeof(T) == 2 && !kept) {
+          prefetch(x + next_x + k);
+          prefetch(dh_row + next_dh + k);
+        }
+        const F32 dh = load(second + k, part), normalised = load(x + k, part) * rstd;
+        if (dgain) add_to(dgain + k, dh * normalised, part);
+        if (!dx_row) return;
+        F32 dx = (dh * load(args.gain + k, part) - normalised * mean) * rstd;
         if (dresidual) dx += load(dresidual + k, part);
         store(dx_row + k, dx, part);
       });
