@@ -69,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--csv", type=Path, metavar="FILE", help="write a sweep's rows")
     output.add_argument("--plot", type=Path, metavar="FILE", help="write a sweep's charts as .svg or .html")
     output.add_argument("--json", action="store_true", help="print JSON instead of text")
-    output.add_argument("--no-answers", action="store_true", help="leave out the answers, which take further plans")
+    output.add_argument(
+        "--answers", action="store_true",
+        help="also say which batch and length still fit and what to change first; takes some ten further plans",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,7 +140,9 @@ def _plan(args: argparse.Namespace) -> None:
         print(json.dumps(planned.as_json(), indent=2))
         return
     print(plan_text(planned), flush=True)
-    if not args.no_answers:
+    if not args.answers:
+        print("\n--answers: the largest batch and length that fit, and what to change first")
+    else:
         print("\n" + answers_text(planned, largest_batch(planned), largest_length(planned), changes(planned)))
 
 
