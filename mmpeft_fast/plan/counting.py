@@ -84,22 +84,23 @@ def weight_flops(func, args: tuple, flops: int) -> int:
     return flops if left.stride(0) == 1 and left.stride(1) >= left.shape[0] > 1 else 0
 
 
-def _tensors(tree) -> list[Tensor]:
+def tensors_in(tree) -> list[Tensor]:
+    """Every tensor of nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def op_bytes(func, args: tuple, kwargs: dict, out) -> int:
     """Bytes that an op reads and writes, every operand once."""
     name = func.overloadpacket.__name__
-    written = _tensors(out)
+    written = tensors_in(out)
     if out is None:  # lists of tensors changed in place
         changed = [arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments]
-        written = _tensors([arg for arg, is_changed in zip(args, changed, strict=False) if is_changed])
+        written = tensors_in([arg for arg, is_changed in zip(args, changed, strict=False) if is_changed])
     if name in _SELECTING:
-        read = [*written, *_tensors(args[1:])]
+        read = [*written, *tensors_in(args[1:])]
     else:
         inputs = args[1:] if name in _OVERWRITING else args
-        read = _tensors((inputs, {key: value for key, value in kwargs.items() if key != "out"}))
+        read = tensors_in((inputs, {key: value for key, value in kwargs.items() if key != "out"}))
     return sum(moved_bytes(tensor) for tensor in (*read, *written))
 
 
@@ -114,7 +115,8 @@ def is_free(func) -> bool:
 _is_free: dict[object, bool] = {}
 
 
-def _kind(op: str, flops: int) -> str:
+def kind_of(op: str, flops: int) -> str:
+    """Which of a device's rates an op runs at: attention, attention_backward, gemm or memory."""
     if op in ATTENTION_OPS:
         return "attention"
     if op in ATTENTION_BACKWARD_OPS:
@@ -122,12 +124,27 @@ def _kind(op: str, flops: int) -> str:
     return "gemm" if flops else "memory"
 
 
-def _is_causal(func, args: tuple, kwargs: dict) -> bool:
+def is_causal(func, args: tuple, kwargs: dict) -> bool:
     """The value of an attention op's `is_causal` argument."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "is_causal":
             return bool(kwargs.get("is_causal", args[position] if position < len(args) else False))
     return False
+
+
+class FlopSum(TorchDispatchMode):
+    """FLOPs of the ops inside: `total`, and `of_weights`, those of weights' gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.of_weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flops = op_flops(func, args, kwargs or {}, out)
+        self.total += flops
+        self.of_weights += weight_flops(func, args, flops) if flops else 0
+        return out
 
 
 class Recorder(TorchDispatchMode):
@@ -158,16 +175,16 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not is_free(func) and _tensors((args, kwargs, out)) and not self._is_table(func, args, out):
+        if not is_free(func) and tensors_in((args, kwargs, out)) and not self._is_table(func, args, out):
             moved = op_bytes(func, args, kwargs, out)
             if self._call is not None:
                 self._call.append((moved, 1))
             else:
                 flops = op_flops(func, args, kwargs, out)
-                written = _tensors(out) or _tensors(args)
+                written = tensors_in(out) or tensors_in(args)
                 dtype = written[0].dtype if written else torch.float32
                 of_weights = weight_flops(func, args, flops) if flops else 0
-                causal = _is_causal(func, args, kwargs) if flops else False
+                causal = is_causal(func, args, kwargs) if flops else False
                 self._add(func.overloadpacket.__name__, dtype, (flops, of_weights), moved, 1, causal=causal)
         return out
 
@@ -184,7 +201,7 @@ class Recorder(TorchDispatchMode):
         phase = self.phase
         part = "optimizer" if phase == "optimizer" else part_of(self.regions.current, op)
         of_weights = flops[1] if phase == "backward" else 0
-        work = Work(part, op, phase, _kind(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal)
+        work = Work(part, op, phase, kind_of(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal)
         self.works[work] += 1
 
     def launch(self, operands: list[Tensor]) -> None:

@@ -9,27 +9,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from mmpeft_fast.ops import kernels_torch
-from mmpeft_fast.plan.counting import Recorder, op_flops, weight_flops
+from mmpeft_fast.plan.counting import FlopSum, Recorder
 from mmpeft_fast.plan.placeholders import Placeholders
 
 _NO_KERNELS = ("unsupported", "keep_bits")
-
-
-class _Flops(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.total = self.of_weights = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flops = op_flops(func, args, kwargs or {}, out)
-        self.total += flops
-        self.of_weights += weight_flops(func, args, flops) if flops else 0
-        return out
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:
@@ -47,7 +34,7 @@ class _DefinedFlops:
     def __call__(self, name: str, args: tuple, kwargs: dict) -> tuple[int, int]:
         key = (name, *_signature(args, kwargs))
         if key not in self._known:
-            with _disable_current_modes(), torch.no_grad(), Placeholders("cuda"), _Flops() as flops:
+            with _disable_current_modes(), torch.no_grad(), Placeholders("cuda"), FlopSum() as flops:
                 getattr(kernels_torch, name)(*args, **kwargs)
             self._known[key] = flops.total, flops.of_weights
         return self._known[key]

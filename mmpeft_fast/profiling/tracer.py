@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from mmpeft_fast.ops import kernels_torch
-from mmpeft_fast.plan.counting import Work, is_free, moved_bytes, op_bytes, op_flops, weight_flops
-from mmpeft_fast.plan.parts import ATTENTION_BACKWARD_OPS, ATTENTION_OPS, part_of
+from mmpeft_fast.plan.counting import (
+    FlopSum,
+    Work,
+    is_causal,
+    is_free,
+    kind_of,
+    moved_bytes,
+    op_bytes,
+    op_flops,
+    tensors_in,
+    weight_flops,
+)
+from mmpeft_fast.plan.parts import part_of
 from mmpeft_fast.plan.placeholders import Placeholders
 from mmpeft_fast.profiling.storages import Storages
 
@@ -34,30 +45,10 @@ class OneRegion:
     current = "decoder"
 
 
-def _tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _name(func, args: tuple) -> str:
     """An op's name; ops of the extension that compute one of several things say which first."""
     name = func.overloadpacket.__name__
     return f"{name} {args[0]}" if func.namespace in _EXTENSION and args and isinstance(args[0], str) else name
-
-
-def _kind(name: str, flops: int) -> str:
-    if name in ATTENTION_OPS:
-        return "attention"
-    if name in ATTENTION_BACKWARD_OPS:
-        return "attention_backward"
-    return "gemm" if flops else "memory"
-
-
-def _is_causal(func, args: tuple, kwargs: dict) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
-    if "is_causal" not in names:
-        return False
-    position = names.index("is_causal")
-    return bool(args[position] if position < len(args) else kwargs.get("is_causal", False))
 
 
 class Tracer(TorchDispatchMode):
@@ -94,7 +85,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         parameters = [tensor for tensor in inputs if isinstance(tensor, torch.nn.Parameter)]
         self.storages.see(parameters, "parameters", before=True)
         self.storages.see(inputs, before=True)
@@ -106,7 +97,7 @@ class Tracer(TorchDispatchMode):
             with self._marked(name) as (number, part, phase):
                 out = func(*args, **kwargs)
             self.works[number] = _work(func, name, part, phase, args, kwargs, out)
-        outs = _tensors(out)
+        outs = tensors_in(out)
         self.storages.see(outs)
         self.on_gpu = self.on_gpu or any(tensor.is_cuda for tensor in (*inputs, *outs))
         return out
@@ -124,9 +115,9 @@ class Tracer(TorchDispatchMode):
         finally:
             self._in_call = False
         flops, of_weights = self._flops_of_call(name, args, kwargs)
-        operands = {id(tensor): tensor for tensor in _tensors((args, kwargs, out))}.values()
+        operands = {id(tensor): tensor for tensor in tensors_in((args, kwargs, out))}.values()
         self.works[number] = Work(
-            part, label, phase, _kind(name, flops), next(tensor.dtype for tensor in operands if tensor.dim() > 1),
+            part, label, phase, kind_of(name, flops), next(tensor.dtype for tensor in operands if tensor.dim() > 1),
             flops, sum(map(moved_bytes, operands)), 1, of_weights if phase == "backward" else 0,
         )  # fmt: skip
         return out
@@ -136,35 +127,22 @@ class Tracer(TorchDispatchMode):
             meta = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
             signature = f"{name} {meta}"  # tensors on meta print as shape and dtype
             if signature not in self._defined_flops:
-                with Placeholders("cuda"), _FlopSum() as flops:
+                with Placeholders("cuda"), FlopSum() as flops:
                     getattr(kernels_torch, name)(*meta[0], **meta[1])
                 self._defined_flops[signature] = flops.total, flops.of_weights
         return self._defined_flops[signature]
 
 
-class _FlopSum(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.total = self.of_weights = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flops = op_flops(func, args, kwargs or {}, out)
-        self.total += flops
-        self.of_weights += weight_flops(func, args, flops) if flops else 0
-        return out
-
-
 def _work(func, name: str, part: str, phase: str, args: tuple, kwargs: dict, out) -> Work:
     flops = op_flops(func, args, kwargs, out)
-    operands = _tensors(out) or _tensors(args)
+    operands = tensors_in(out) or tensors_in(args)
     if func.namespace in _EXTENSION:
-        moved = sum(map(moved_bytes, _tensors((args, kwargs, out))))
+        moved = sum(map(moved_bytes, tensors_in((args, kwargs, out))))
     else:
         moved = op_bytes(func, args, kwargs, out)
     of_weights = weight_flops(func, args, flops) if flops and phase == "backward" else 0
-    causal = _is_causal(func, args, kwargs) if flops else False
-    return Work(part, name, phase, _kind(name, flops), operands[0].dtype, flops, moved, 1, of_weights, causal)
+    causal = is_causal(func, args, kwargs) if flops else False
+    return Work(part, name, phase, kind_of(name, flops), operands[0].dtype, flops, moved, 1, of_weights, causal)
 
 
 @contextmanager
