@@ -57,7 +57,7 @@ void heads(const at::Tensor& x, const OptionalTensor& scale, const OptionalTenso
   args.out = heads_to_write(out);
   const auto kernel = kernels().heads[dtype_idx];
   parallel_rows(x.size(0) * x.size(2), width, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * (args.head_dim + args.heads));
+    std::vector<float> scratch(heads_scratch_size(args.head_dim));
     kernel(args, begin, end, scratch.data());
   });
 }
@@ -90,7 +90,7 @@ void heads_backward(const at::Tensor& dy, const OptionalTensor& x, const Optiona
   const auto kernel = kernels().heads_backward[dtype_idx];
   if (!dscale && !dgain) {
     parallel_rows(num_rows, width, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(2 * (head_dim + args.heads));
+      std::vector<float> scratch(heads_scratch_size(head_dim));
       kernel(args, begin, end, scratch.data(), nullptr, nullptr);
     });
     return;
@@ -98,7 +98,7 @@ void heads_backward(const at::Tensor& dy, const OptionalTensor& x, const Optiona
   const SumBlocks blocks(num_rows);
   std::vector<float> dscales(dscale ? blocks.count * width : 0), dgains(dgain ? blocks.count * head_dim : 0);
   at::parallel_for(0, blocks.count, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(2 * (head_dim + args.heads));
+    std::vector<float> scratch(heads_scratch_size(head_dim));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i * blocks.rows_per_block, end = std::min(num_rows, begin + blocks.rows_per_block);
       kernel(args, begin, end, scratch.data(), dscale ? &dscales[i * width] : nullptr,

@@ -13,6 +13,9 @@ enum Dtype : int { kFloat32, kBFloat16, kFloat16, kNumDtypes };
 enum class Prologue : int { kNone, kRmsNorm, kSwiglu };
 enum class Activation : int { kIdentity, kTanh, kRelu, kGelu, kSilu };
 
+// Floats in a vector of any instruction set.
+constexpr int64_t kMostLanes = 16;
+
 // Dropout of rows and columns: Philox4x32-7 under key `seed`; an element is kept where its signed 16-bit lane is at
 // least `threshold`. No dropout while `active` is false.
 struct Dropout {
@@ -100,6 +103,9 @@ struct HeadsBackwardArgs {
   Heads dx;  // may be null
 };
 
+// Floats of scratch that both take: cosines, sines, and for the backward as many heads as a vector has lanes.
+constexpr int64_t heads_scratch_size(int64_t head_dim) { return (2 + kMostLanes) * head_dim; }
+
 // Prefix keys and values: float32 [HK, P, DH], and words [HK, words of P, DH] of `Kernels::tokens_in_a_word` tokens:
 // one float, or two bfloat16 (the first in the lower half, zeros after the last) where a kernel multiplies in pairs.
 struct PrefixTables {
@@ -137,7 +143,6 @@ struct PrefixBackwardArgs {
 
 // Floats of scratch that both take; zeros at first.
 constexpr int64_t prefix_scratch_size(int64_t num_prefix, int64_t head_dim) {
-  constexpr int64_t kMostLanes = 16;
   return kMostLanes * (2 * (head_dim + kMostLanes) + 3 * (num_prefix + 1)) + 2 * (head_dim + kMostLanes);
 }
 
@@ -171,7 +176,7 @@ struct Kernels {
   // null.
   void (*prologue_backward[kNumDtypes])(const PrologueBackwardArgs&, int64_t begin, int64_t end, float* scratch,
                                         float* dgain, float* din_scale);
-  // scratch: [2 * (head_dim + heads)].
+  // scratch: [heads_scratch_size].
   void (*heads[kNumDtypes])(const HeadsArgs&, int64_t begin, int64_t end, float* scratch);
   // The same scratch. dscale [heads * head_dim], dgain [head_dim]: sums that the range is added to, or null.
   void (*heads_backward[kNumDtypes])(const HeadsBackwardArgs&, int64_t begin, int64_t end, float* scratch,

@@ -72,9 +72,13 @@ void check_rows(const char* op, const char* name, const at::Tensor& tensor, cons
                ", got ", tensor.sizes());
 }
 
-// Blocks of rows of all key/value heads together, and rows of a block: work for many threads, but partial sums that
-// are small beside the rows.
-constexpr int64_t kPrefixTasks = 64, kMinPrefixRows = 128;
+// Blocks of rows of a key/value head whose sums are formed apart, and rows of a block: work for many threads, but
+// partial sums that are small beside the rows.
+constexpr int64_t kPrefixTasks = 64, kMinPrefixBlocks = 8, kMinPrefixRows = 128;
+
+// Rows of one key/value head before those of the next, and heads of a task with more rows: heads of a token share pages
+// of memory.
+constexpr int64_t kPrefixRows = 256, kPrefixHeads = 8;
 
 template <typename Value>
 PerQuery<Value> per_query(Value* data, const at::Tensor& tensor) {
@@ -118,13 +122,13 @@ void merge_prefix(const at::Tensor& q, const at::Tensor& prefix_k, const at::Ten
   }
   const auto kernel = kernels().merge_prefix[dtype_idx];
   const int64_t num_rows = q.size(0) * args.group_size * args.length;  // of one key/value head
-  parallel_rows(prefix_k.size(0) * num_rows, args.head_dim, [&](int64_t begin, int64_t end) {
+  const int64_t kv_heads = prefix_k.size(0), num_blocks = (num_rows + kPrefixRows - 1) / kPrefixRows;
+  const int64_t grain_width = std::min(num_rows, kPrefixRows) * args.head_dim;
+  parallel_rows(num_blocks * kv_heads, grain_width, [&](int64_t begin, int64_t end) {
     ZeroedScratch scratch(prefix_scratch_size(args.prefix.num_prefix, args.head_dim));
-    while (begin < end) {
-      const int64_t kv_head = begin / num_rows, first = begin % num_rows;
-      const int64_t last = std::min(num_rows, first + end - begin);
-      kernel(args, kv_head, first, last, scratch.data);
-      begin += last - first;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / kv_heads * kPrefixRows;
+      kernel(args, i % kv_heads, first, std::min(num_rows, first + kPrefixRows), scratch.data);
     }
   });
 }
@@ -157,15 +161,22 @@ void prefix_backward(const at::Tensor& dout, const at::Tensor& q, const at::Tens
   args.dq = heads_to_write(op, "dq", dq, q);
 
   const int64_t num_rows = q.size(0) * args.group_size * args.length;  // of one key/value head
-  const SumBlocks blocks(num_rows, std::max<int64_t>(1, kPrefixTasks / kv_heads), kMinPrefixRows);
+  const SumBlocks blocks(num_rows, std::max(kMinPrefixBlocks, kPrefixTasks / kv_heads), kMinPrefixRows);
   std::vector<float> dks(kv_heads * blocks.count * size), dvs(kv_heads * blocks.count * size);
   const auto kernel = kernels().prefix_backward[dtype_idx];
-  at::parallel_for(0, kv_heads * blocks.count, 1, [&](int64_t first, int64_t last) {
+  const int64_t heads_together = blocks.rows_per_block > kPrefixRows ? kPrefixHeads : 1;
+  const int64_t head_groups = (kv_heads + heads_together - 1) / heads_together;
+  at::parallel_for(0, blocks.count * head_groups, 1, [&](int64_t first_task, int64_t last_task) {
     ZeroedScratch scratch(prefix_scratch_size(args.prefix.num_prefix, args.head_dim));
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i % blocks.count * blocks.rows_per_block;
-      kernel(args, i / blocks.count, begin, std::min(num_rows, begin + blocks.rows_per_block), scratch.data,
-             &dks[i * size], &dvs[i * size]);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t block = task / head_groups, first_head = task % head_groups * heads_together;
+      const int64_t last_head = std::min(kv_heads, first_head + heads_together);
+      const int64_t end = std::min(num_rows, (block + 1) * blocks.rows_per_block);
+      for (int64_t begin = block * blocks.rows_per_block; begin < end; begin += kPrefixRows)
+        for (int64_t head = first_head; head < last_head; ++head) {
+          const int64_t sum = (head * blocks.count + block) * size;
+          kernel(args, head, begin, std::min(end, begin + kPrefixRows), scratch.data, &dks[sum], &dvs[sum]);
+        }
     }
   });
   for (int64_t head = 0; head < kv_heads; ++head) {

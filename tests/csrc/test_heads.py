@@ -53,6 +53,23 @@ def test_forward_and_backward(head_dim, scale, gain, dtype, instruction_set):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("num_heads", [4, 9, 17, 33])
+def test_more_heads_than_a_vector_has_lanes(num_heads, scale, dtype, instruction_set):
+    head_dim = 10
+    x, grad = (strided(2, 3, num_heads * head_dim, dtype=dtype) for _ in range(2))
+    grad = grad.unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
+    rotation = make_rotation(2, 3, 3, head_dim, dtype)
+    how = (make_how(num_heads * head_dim, head_dim, dtype, scale, True),) * 3
+    options = {"head_dim": head_dim, "eps": EPS}
+    assert_same_set(kernels_cpu.heads, kernels_torch.heads, (x, x, x, how, rotation), options, "y")
+    needs = [(True, scale, True)] * 3
+    assert_same_set(
+        kernels_cpu.heads_backward, kernels_torch.heads_backward, ((grad,) * 3, (x,) * 3, how, rotation),
+        options | {"needs": needs}, "gradients",
+    )  # fmt: skip
+
+
 def test_wide_angles_keep_the_dtype(dtype):
     """float32 angles with a narrower x give x's dtype, as close as rotating in float32 and rounding."""
     x = contiguous(1, 4, 6, dtype=dtype)

@@ -21,6 +21,7 @@ def make(batch, heads, kv_heads, length, num_prefix, head_dim, dtype):
     [
         (1, 1, 1, 1, 1, 7), (2, 4, 2, 5, 20, 64), (2, 2, 2, 33, 3, 33), (1, 6, 1, 9, 33, 130), (0, 2, 1, 4, 3, 8),
         (2, 6, 2, 35, 9, 40), (3, 4, 2, 1, 17, 33), (1, 2, 1, 150, 6, 16),
+        (2, 10, 10, 135, 5, 8), (1, 18, 9, 290, 2, 7),
     ],
 )  # fmt: skip
 def test_forward_and_backward(batch, heads, kv_heads, length, num_prefix, head_dim, dtype, instruction_set):

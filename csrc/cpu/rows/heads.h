@@ -39,21 +39,32 @@ MMPEFT_INLINE F32 scaled(const T* x, const float* scale, int64_t d, Part part) {
   return scale ? rounded<T>(v * load(scale + d, part)) : v;
 }
 
+template <typename Args>
+MMPEFT_INLINE const float* scale_of(const Args& args, int64_t head) {
+  return args.scale ? args.scale + head * args.head_dim : nullptr;
+}
+
+// kLanes heads at a time have the lanes of a vector in what is one number for a head: one after the other, each would
+// wait for its own sum, root and quotient.
+MMPEFT_INLINE F32 inverse_rms_of_heads(F32 (&squares)[kLanes], int64_t n, float eps) {
+  return 1.0f / square_root(sums_of(squares) / static_cast<float>(n) + eps);
+}
+
 template <typename T>
-MMPEFT_INLINE float inverse_rms_of_head(const T* x, const float* scale, int64_t n, float eps) {
+MMPEFT_INLINE F32 squares_of_head(const T* x, const float* scale, int64_t n) {
   F32 squares{};
   for_columns(0, n, [&](int64_t d, auto part) MMPEFT_LAMBDA {
     const F32 v = scaled(x, scale, d, part);
     squares += v * v;
   });
-  return inverse_rms(squares, n, eps);
+  return squares;
 }
 
 template <typename T>
 void heads(const HeadsArgs& given, int64_t begin, int64_t end, float* scratch) {
   const HeadsArgs args = given;  // a copy that no store can change
   const int64_t n = args.head_dim, half = n / 2;
-  float *cos_buffer = scratch, *sin_buffer = scratch + n, *rstds = scratch + 2 * n;
+  float *cos_buffer = scratch, *sin_buffer = scratch + n;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.length, t = row % args.length;
     const float *cos = nullptr, *sin = nullptr;
@@ -61,16 +72,19 @@ void heads(const HeadsArgs& given, int64_t begin, int64_t end, float* scratch) {
       cos = angles(args.cos, args.angle_dtype, b, t, n, cos_buffer);
       sin = angles(args.sin, args.angle_dtype, b, t, n, sin_buffer);
     }
-    // All heads' statistics first: one after the other, each would wait for its own sum, root and quotient.
-    if (args.gain)
-      for (int64_t head = 0; head < args.heads; ++head)
-        rstds[head] = inverse_rms_of_head(head_of<T>(args.x, b, head, t),
-                                          args.scale ? args.scale + head * n : nullptr, n, args.eps);
+    F32 rstds{};
     for (int64_t head = 0; head < args.heads; ++head) {
+      const int lane = static_cast<int>(head % kLanes);
+      if (args.gain && lane == 0) {
+        F32 squares[kLanes] = {};
+        for (int i = 0; i < kLanes && head + i < args.heads; ++i)
+          squares[i] = squares_of_head(head_of<T>(args.x, b, head + i, t), scale_of(args, head + i), n);
+        rstds = inverse_rms_of_heads(squares, n, args.eps);
+      }
       const T* x = head_of<T>(args.x, b, head, t);
       T* out = head_of<T>(args.out, b, head, t);
-      const float* scale = args.scale ? args.scale + head * n : nullptr;
-      const float rstd = args.gain ? rstds[head] : 0.0f;
+      const float* scale = scale_of(args, head);
+      const float rstd = rstds[lane];
       // Columns d of the head after scale and norm.
       auto transformed = [&](int64_t d, auto part) MMPEFT_LAMBDA {
         const F32 v = scaled(x, scale, d, part);
@@ -91,20 +105,22 @@ void heads(const HeadsArgs& given, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-template <typename T>
-void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, float* scratch, float* dscale,
-                    float* dgain) {
-  const HeadsBackwardArgs args = given;  // a copy that no store can change
+template <bool kScale, bool kGain, typename T>
+void heads_backward_rows(const HeadsBackwardArgs args, int64_t begin, int64_t end, float* scratch, float* dscale,
+                         float* dgain) {
   const int64_t n = args.head_dim, half = n / 2;
-  float *cos_buffer = scratch, *sin_buffer = scratch + n, *rstds = scratch + 2 * n, *means = rstds + args.heads;
+  float *cos_buffer = scratch, *sin_buffer = scratch + n;
+  float* below_rotation = scratch + 2 * n;  // dy after the rotation's transpose, [kLanes, n]
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.length, t = row % args.length;
+    // The next token's sums would wait for memory, which is idle while this one's second sweep runs.
+    const bool has_next = row + 1 < end && t + 1 < args.length;
+    const int64_t next_x = has_next ? args.x.token : 0, next_dy = has_next ? args.dy.token : 0;
     const float *cos = nullptr, *sin = nullptr;
     if (args.cos.data) {
       cos = angles(args.cos, args.angle_dtype, b, t, n, cos_buffer);
       sin = angles(args.sin, args.angle_dtype, b, t, n, sin_buffer);
     }
-    auto scale_of = [&](int64_t head) MMPEFT_LAMBDA { return args.scale ? args.scale + head * n : nullptr; };
     // consume(columns d, gradient there below the rotation, part) for a head.
     auto unrotated = [&](int64_t head, auto consume) MMPEFT_LAMBDA {
       const T* dy = head_of<T>(args.dy, b, head, t);
@@ -120,41 +136,63 @@ void heads_backward(const HeadsBackwardArgs& given, int64_t begin, int64_t end, 
         for_columns(0, n, [&](int64_t d, auto part) MMPEFT_LAMBDA { consume(d, load(dy + d, part), part); });
       }
     };
-    if (args.gain) {
-      // All heads' sums first: one after the other, each head would wait for its own.
-      for (int64_t head = 0; head < args.heads; ++head) {
-        const T* x = head_of<T>(args.x, b, head, t);
-        const float* scale = scale_of(head);
-        F32 squares{}, projection{};
-        unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
+    // What is left of the way down, for the gradient v of the head's scaled columns d.
+    auto finish = [&](int64_t head, int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
+      if constexpr (kScale) v = rounded<T>(v);
+      if (dscale) add_to(dscale + head * n + d, v * load(head_of<T>(args.x, b, head, t) + d, part), part);
+      if constexpr (kScale) v = v * load(args.scale + head * n + d, part);
+      if (args.dx.data) store(head_of<T>(args.dx, b, head, t) + d, v, part);
+    };
+    if constexpr (!kGain) {
+      for (int64_t head = 0; head < args.heads; ++head)
+        unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA { finish(head, d, v, part); });
+      continue;
+    }
+    for (int64_t first = 0; first < args.heads; first += kLanes) {
+      const int count = args.heads - first < kLanes ? static_cast<int>(args.heads - first) : kLanes;
+      F32 squares[kLanes] = {}, projections[kLanes] = {};
+      for (int i = 0; i < count; ++i) {
+        const T* x = head_of<T>(args.x, b, first + i, t);
+        const float* scale = kScale ? scale_of(args, first + i) : nullptr;
+        F32 square{}, projection{};
+        unrotated(first + i, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
           const F32 at = scaled(x, scale, d, part);
-          squares += at * at;
-          projection += rounded<T>(v) * load(args.gain + d, part) * at;
+          square += at * at;
+          projection += v * load(args.gain + d, part) * at;
+          store(below_rotation + i * n + d, v, part);
         });
-        rstds[head] = inverse_rms(squares, n, args.eps);
-        means[head] = sum_of(projection) * rstds[head] / static_cast<float>(n);
+        squares[i] = square;
+        projections[i] = projection;
+      }
+      const F32 rstds = inverse_rms_of_heads(squares, n, args.eps);
+      const F32 means = sums_of(projections) * rstds / static_cast<float>(n);
+      float rstd[kLanes], slope[kLanes];
+      store(rstd, rstds, Whole{});
+      store(slope, means * rstds * rstds, Whole{});
+      for (int i = 0; i < count; ++i) {
+        const T* x = head_of<T>(args.x, b, first + i, t);
+        const float* scale = kScale ? scale_of(args, first + i) : nullptr;
+        const T* dy = head_of<T>(args.dy, b, first + i, t);
+        for_columns(0, n, [&](int64_t d, auto part) MMPEFT_LAMBDA {
+          prefetch(x + next_x + d);
+          prefetch(dy + next_dy + d);
+          const F32 at = scaled(x, scale, d, part);
+          const F32 v = load(below_rotation + i * n + d, part) * rstd[i];
+          if (dgain) add_to(dgain + d, v * at, part);
+          finish(first + i, d, v * load(args.gain + d, part) - at * slope[i], part);
+        });
       }
     }
-    for (int64_t head = 0; head < args.heads; ++head) {
-      const T* x = args.x.data ? head_of<T>(args.x, b, head, t) : nullptr;
-      T* dx = args.dx.data ? head_of<T>(args.dx, b, head, t) : nullptr;
-      const float* scale = scale_of(head);
-      float* dscale_head = dscale ? dscale + head * n : nullptr;
-      const float rstd = args.gain ? rstds[head] : 0.0f, mean = args.gain ? means[head] : 0.0f;
-      unrotated(head, [&](int64_t d, F32 v, auto part) MMPEFT_LAMBDA {
-        if (args.gain || scale) v = rounded<T>(v);
-        if (args.gain) {
-          const F32 normalised = scaled(x, scale, d, part) * rstd;
-          if (dgain) add_to(dgain + d, v * normalised, part);
-          v = (v * load(args.gain + d, part) - normalised * mean) * rstd;
-          if (scale) v = rounded<T>(v);
-        }
-        if (dscale_head) add_to(dscale_head + d, v * load(x + d, part), part);
-        if (scale) v = v * load(scale + d, part);
-        if (dx) store(dx + d, v, part);
-      });
-    }
   }
+}
+
+template <typename T>
+void heads_backward(const HeadsBackwardArgs& args, int64_t begin, int64_t end, float* scratch, float* dscale,
+                    float* dgain) {
+  const auto rows = args.gain ? args.scale ? heads_backward_rows<true, true, T> : heads_backward_rows<false, true, T>
+                    : args.scale ? heads_backward_rows<true, false, T>
+                                 : heads_backward_rows<false, false, T>;
+  rows(args, begin, end, scratch, dscale, dgain);
 }
 
 }  // namespace MMPEFT_ISA

@@ -170,18 +170,73 @@ MMPEFT_INLINE void add_outer_products(const float* weights, const T* const* rows
   });
 }
 
-// Where the queries of one key/value head lie.
+// Where a query lies.
 struct Query {
   int64_t b, head, t;
-  template <typename Args>
-  MMPEFT_INLINE Query(const Args& args, int64_t kv_head, int64_t row)
-      : b(row / args.length / args.group_size),
-        head(kv_head * args.group_size + row / args.length % args.group_size),
-        t(row % args.length) {}
   template <typename T, typename Array>
   MMPEFT_INLINE T* of(const Array& array) const {
     return static_cast<T*>(array.data) + b * array.batch + head * array.head + t * array.token;
   }
+};
+
+// Walks over the queries of one key/value head: kLanes that are worked on and the kLanes after them.
+template <typename Args>
+class Queries {
+ public:
+  MMPEFT_INLINE Queries(const Args& args, int64_t kv_head, int64_t begin, int64_t end)
+      : args_(args), first_head_(kv_head * args.group_size), end_(end), next_row_(begin) {
+    const int64_t group = begin / args.length;
+    next_ = {group / args.group_size, first_head_ + group % args.group_size, begin % args.length};
+    load_ahead();
+  }
+
+  // Moves on to the next ones; their number, 0 after the last.
+  MMPEFT_INLINE int advance() {
+    num_here_ = num_ahead_;
+    memcpy(here_, ahead_, sizeof here_);
+    load_ahead();
+    return num_here_;
+  }
+
+  MMPEFT_INLINE const Query& operator[](int i) const { return here_[i]; }
+
+  // Step `step` of `num_steps`, spread over other work, that asks for these queries' rows of arrays. Rows a token apart
+  // lie on pages of their own, where the processor foresees nothing; all at once they would wait for each other.
+  template <typename T, typename... Arrays>
+  MMPEFT_INLINE void prefetch_here(int64_t step, int64_t num_steps, const Arrays&... arrays) const {
+    prefetch_rows<T>(here_, num_here_, step, num_steps, arrays...);
+  }
+  template <typename T, typename... Arrays>
+  MMPEFT_INLINE void prefetch_ahead(int64_t step, int64_t num_steps, const Arrays&... arrays) const {
+    prefetch_rows<T>(ahead_, num_ahead_, step, num_steps, arrays...);
+  }
+
+ private:
+  template <typename T, typename... Arrays>
+  MMPEFT_INLINE void prefetch_rows(const Query* queries, int count, int64_t step, int64_t num_steps,
+                                   const Arrays&... arrays) const {
+    for (int64_t i = step * count / num_steps; i < (step + 1) * count / num_steps; ++i)
+      for (int64_t d = 0; d < args_.head_dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+        (prefetch(queries[i].template of<const T>(arrays) + d), ...);
+  }
+
+  MMPEFT_INLINE void load_ahead() {
+    num_ahead_ = end_ - next_row_ < kLanes ? static_cast<int>(end_ - next_row_) : kLanes;
+    next_row_ += num_ahead_;
+    for (int i = 0; i < num_ahead_; ++i) {
+      ahead_[i] = next_;
+      if (++next_.t < args_.length) continue;
+      next_.t = 0;
+      if (++next_.head < first_head_ + args_.group_size) continue;
+      next_.head = first_head_;
+      ++next_.b;
+    }
+  }
+
+  const Args& args_;
+  int64_t first_head_, end_, next_row_;
+  Query next_, here_[kLanes] = {}, ahead_[kLanes] = {};
+  int num_here_ = 0, num_ahead_ = 0;
 };
 
 // The scratch in pieces that start at whole cache lines.
@@ -208,8 +263,8 @@ void merge_prefix(const MergePrefixArgs& given, int64_t kv_head, int64_t begin, 
   T *zeros = pieces.take<T>(n), *unused = pieces.take<T>(n);
   float *columns = pieces.take((n + kLanes) * kLanes), *weights = pieces.take(num_prefix * kLanes);
   uint32_t* room = pieces.take<uint32_t>(num_prefix * kLanes);
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int count = end - row < kLanes ? static_cast<int>(end - row) : kLanes;
+  Queries queries(args, kv_head, begin, end);
+  while (const int count = queries.advance()) {
     const T* q[kLanes];
     T* out[kLanes];
     float* lse_at[kLanes];
@@ -219,7 +274,7 @@ void merge_prefix(const MergePrefixArgs& given, int64_t kv_head, int64_t begin, 
       q[i] = zeros;
       out[i] = unused;
       if (i >= count) continue;
-      const Query query(args, kv_head, row + i);
+      const Query query = queries[i];
       q[i] = query.of<const T>(args.q);
       out[i] = query.of<T>(args.out);
       lse_at[i] = query.of<float>(args.lse);
@@ -230,6 +285,8 @@ void merge_prefix(const MergePrefixArgs& given, int64_t kv_head, int64_t begin, 
     transposed(q, n, columns);
     F32 highest = lse_main;
     for_products(columns, keys, n, num_prefix, [&](int64_t p, F32 product) MMPEFT_LAMBDA {
+      queries.template prefetch_here<T>(p, num_prefix, args.out);
+      queries.template prefetch_ahead<T>(p, num_prefix, args.q);
       const F32 score = product * args.scale;
       highest = highest_of(score, highest);
       store(weights + p * kLanes, score, Whole{});
@@ -266,8 +323,8 @@ void prefix_backward(const PrefixBackwardArgs& given, int64_t kv_head, int64_t b
   float *q_columns = pieces.take((n + kLanes) * kLanes), *dout_columns = pieces.take((n + kLanes) * kLanes);
   float *weights = pieces.take(num_prefix * kLanes), *dscores = pieces.take(num_prefix * kLanes);
   uint32_t* room = pieces.take<uint32_t>(num_prefix * kLanes);
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int count = end - row < kLanes ? static_cast<int>(end - row) : kLanes;
+  Queries queries(args, kv_head, begin, end);
+  while (const int count = queries.advance()) {
     const T *q[kLanes], *dout[kLanes];
     T* dq[kLanes];
     // Queries that a last group lacks are zeros of weight 0, and their results go to a row of their own.
@@ -276,7 +333,7 @@ void prefix_backward(const PrefixBackwardArgs& given, int64_t kv_head, int64_t b
       q[i] = dout[i] = zeros;
       dq[i] = unused;
       if (i >= count) continue;
-      const Query query(args, kv_head, row + i);
+      const Query query = queries[i];
       q[i] = query.of<const T>(args.q);
       dout[i] = query.of<const T>(args.dout);
       dq[i] = query.of<T>(args.dq);
@@ -291,9 +348,11 @@ void prefix_backward(const PrefixBackwardArgs& given, int64_t kv_head, int64_t b
     transposed(q, n, q_columns);
     transposed(dout, n, dout_columns);
     for_products(q_columns, keys, n, num_prefix, [&](int64_t p, F32 product) MMPEFT_LAMBDA {
+      queries.template prefetch_here<T>(p, num_prefix, args.dq);
       store(weights + p * kLanes, exp<T>(product * args.scale - lse), Whole{});
     });
     for_products(dout_columns, values, n, num_prefix, [&](int64_t p, F32 product) MMPEFT_LAMBDA {
+      queries.template prefetch_ahead<T>(p, num_prefix, args.dout, args.out, args.q);
       const F32 weight = load(weights + p * kLanes, Whole{});
       store(dscores + p * kLanes, weight * (product - delta) * args.scale, Whole{});
     });

@@ -3,6 +3,7 @@
 // only headers without inline functions of note are included, so that no other object shares code with this one.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -142,6 +143,33 @@ MMPEFT_INLINE void transpose(U32 (&rows)[kLanes]) {
   if constexpr (kSize > 1) transpose<kSize / 2>(rows);
 }
 
+// sum_of each of kLanes vectors, in the lanes of one; the same sums, bit by bit.
+MMPEFT_INLINE F32 sums_of(const F32 (&vectors)[kLanes]) {
+  U32 rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = (U32)vectors[i];
+  transpose(rows);
+  F32 sums[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sums[i] = (F32)rows[i];
+#pragma GCC unroll 4
+  for (int size = kLanes / 2; size > 0; size /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < size; ++i) sums[i] += sums[i + size];
+  return sums[0];
+}
+
+MMPEFT_INLINE F32 square_root(F32 v) {
+#if MMPEFT_LANES == 16
+  return (F32)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif MMPEFT_LANES == 8
+  return (F32)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
 // Conversions between 16 and 32 bits: compilers split the generic ones into halves.
 #if MMPEFT_LANES == 16
 MMPEFT_INLINE U32 widen_bits(U16 v) { return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
@@ -218,7 +246,16 @@ struct Format<float> {
 template <>
 struct Format<BFloat16> {
   using Bits = U16;
+#if MMPEFT_LANES == 16
+  // One permutation that leaves the lower halves zero, instead of a conversion and a shift.
+  static MMPEFT_INLINE F32 widen(Bits bits) {
+    const U32 upper_halves = U32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} << 16;
+    const __m512i halves = _mm512_castsi256_si512((__m256i)bits);
+    return (F32)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)upper_halves, halves);
+  }
+#else
   static MMPEFT_INLINE F32 widen(Bits bits) { return (F32)(widen_bits(bits) << 16); }
+#endif
   static MMPEFT_INLINE U32 rounded_bits(F32 v) {
     U32 bits = (U32)v;
     U32 rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
