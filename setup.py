@@ -71,7 +71,8 @@ def build_options() -> dict:
                     _without_extension(reason)
                     return
                 print(f"warning: mmpeft-fast is built without its CUDA kernels: {reason}", file=sys.stderr, flush=True)
-                self.extensions = self.distribution.ext_modules = [extension([])]
+                # In place: setuptools has noted on this object where its result belongs.
+                vars(self.extensions[0]).update(vars(extension([])))
                 self.build_extensions()
 
     cuda_sources = []
