@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -41,6 +42,9 @@ def quantiles(times_ms: list[float]) -> dict[str, float]:
 
 
 def _git(*arguments: str) -> str:
+    """What git says of this folder; nothing where there is no git or no repository."""
+    if shutil.which("git") is None:
+        return ""
     result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
 
