@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 
 # Rows come by the hundred; the file is rewritten at most this often between sections.
 _SECONDS_BETWEEN_WRITES = 5.0

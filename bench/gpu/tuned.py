@@ -11,7 +11,7 @@ from statistics import fmean, geometric_mean
 from bench.gpu.judge import DTYPES
 from bench.gpu.tunables import Problem
 from bench.gpu.tuning import compile_key
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 from mmpeft_fast.ops import dispatch
 
 # A tile or a way has to win by more than two medians of the same thing differ.

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--seq-len", type=int, default=1024, metavar="N", help="tokens a sample, its images' included (default: 1024)"
     )
-    step.add_argument("--images", type=int, default=1, metavar="N", help="images a sample (default: 1)")
+    step.add_argument("--images", type=int, metavar="N", help="images a sample (default: 1, of text models 0)")
     step.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of an image, where the model takes any (default: 448)"
     )
@@ -147,7 +147,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from mmpeft_fast.data.atomic import write_text
+    from mmpeft_fast.atomic import write_text
     from mmpeft_fast.plan.charts import sweep_html, sweep_svg
     from mmpeft_fast.plan.report import sweep_text
     from mmpeft_fast.plan.sweep import as_csv, axis, rows_of, swept

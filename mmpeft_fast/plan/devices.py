@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 
 GIB = 2**30
 _DTYPE_NAMES = ("bf16", "fp16", "fp32")

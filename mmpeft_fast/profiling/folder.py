@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import new_folder
+from mmpeft_fast.atomic import new_folder
 from mmpeft_fast.doctor import versions
 from mmpeft_fast.plan.devices import Device
 from mmpeft_fast.profiling.measured import Measured, comparisons

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from mmpeft_fast.atomic import new_folder
 from mmpeft_fast.data import Collator, Sample, train_tokenizer
-from mmpeft_fast.data.atomic import new_folder
 from mmpeft_fast.models import FAMILIES, family_of, tiny_model, tiny_processor
 from mmpeft_fast.study.cells import TINY_MODELS, BaseSpec
 from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 
 POLL_SECONDS = 0.5
 

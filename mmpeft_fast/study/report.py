@@ -5,7 +5,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS
 from mmpeft_fast.study.charts import ratio_chart, sparkline
 from mmpeft_fast.study.table import (

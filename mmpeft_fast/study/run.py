@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 from mmpeft_fast.doctor import device_name, versions
 from mmpeft_fast.study.cells import NO_METHOD, TINY_MODELS, BaseSpec, CellSpec, StudyConfig, plan
 from mmpeft_fast.study.inputs import Inputs, prepare_inputs

@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from mmpeft_fast import add_peft, fuse, study_method
+from mmpeft_fast import add_peft, fuse, save_peft, study_method
+from mmpeft_fast.atomic import write_text
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.data import (
     Collator,
@@ -22,7 +23,6 @@ from mmpeft_fast.data import (
     load_conversations,
     train_tokenizer,
 )
-from mmpeft_fast.data.atomic import write_text
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
 from mmpeft_fast.train.config import TrainConfig
@@ -30,7 +30,7 @@ from mmpeft_fast.train.evaluate import evaluate_accuracy
 from mmpeft_fast.train.trainer import TrainResult, check_output, check_tracker, seed_everything, train
 
 EASY_VQA = "easy-vqa"
-RESULT = "result.json"
+RESULT, ADAPTER = "result.json", "adapter"
 TINY_MODELS = {f"tiny-{name.replace('_', '-')}": name for name in FAMILIES}
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,7 +40,8 @@ data: LLaVA's conversation JSON (a list) or .jsonl, one entry per sample:
      {{"from": "human", "value": "<image>\\nWhat is it?"}}, {{"from": "gpt", "value": "A cat."}}]}}
 
 output: train_log.jsonl (a row per step), checkpoint-<step>/ (trainable.safetensors and what exact resume needs),
-  {RESULT} at the end. Ctrl-C saves after the current step and exits with 130; go on with --resume.
+  {ADAPTER}/ (in HF PEFT's format) and {RESULT} at the end. Ctrl-C saves after the current step and exits with 130;
+  go on with --resume.
 
 examples:
   mmpeft-fast train --model tiny-llava --method lora --set r=16 --set alpha=32 --data easy-vqa --limit 2000 \\
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data", required=True, metavar="FILE", help=f"conversation JSON, or {EASY_VQA} for the built-in set"
     )
-    group.add_argument("--images", metavar="DIR", help="what the data's image paths are relative to")
+    group.add_argument("--images", metavar="DIR", help="what the data's image paths are relative to, if there are any")
     group.add_argument("--limit", type=int, metavar="N", help=f"only the first N samples ({EASY_VQA}: a random N)")
     group.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="longest sample (default: %(default)s)"
@@ -144,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
     collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length)
+    collator.check([*samples, *eval_samples])
     seed_everything(config.seed)  # the method's initial values
     method = study_method(model, args.method, **settings)
     model, implementation = _add_method(model, method, args)
@@ -174,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     if is_main:
+        save_peft(model, args.output / ADAPTER)
         accuracy = evaluate_accuracy(model, collator, eval_samples) if eval_samples else None
         write_text(args.output / RESULT, json.dumps(_outcome(result, accuracy), indent=2) + "\n")
         print(_conclusion(result, accuracy))
@@ -202,8 +205,6 @@ def _value(text: str) -> int | float | bool | str | None:
 def _load(option: str, data: str, images: str | None, limit: int | None, split: str, seed: int) -> list[Sample]:
     """Samples of `--<option>data`, with every image's header read."""
     if data != EASY_VQA:
-        if images is None:
-            raise ValueError(f"--{option}images: expected the image folder of --{option}data {data}, got none")
         samples = load_conversations(data, images, limit=limit)
         check_images(samples)
         return samples

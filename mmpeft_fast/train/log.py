@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mmpeft_fast.data.atomic import write_text
+from mmpeft_fast.atomic import write_text
 
 LOG = "train_log.jsonl"
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmpeft_fast.data.atomic import new_folder
+from mmpeft_fast.atomic import new_folder
 from mmpeft_fast.train.config import TrainConfig
 
 PARAMETERS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.pt", "state.json"

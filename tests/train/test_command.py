@@ -2,6 +2,8 @@ import argparse
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mmpeft_fast.train import command
 from mmpeft_fast.train.command import parse_settings
@@ -62,6 +64,18 @@ def test_resume_continues_to_the_same_losses(call, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "out")
 
 
+def test_the_adapter_is_written_in_hf_pefts_format(call, tmp_path):
+    assert call("--train-connector", "--no-fp32-adapters", dtype="bf16") == 0
+    trained = load_file(tmp_path / "out" / "checkpoint-000002" / "trainable.safetensors")
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == len(trained) > 4
+    for name, value in trained.items():
+        name = name.replace(".branches.0.down", ".lora_A.weight").replace(".branches.0.up", ".lora_B.weight")
+        assert torch.equal(adapter[f"base_model.model.{name}"], value) and value.dtype == torch.bfloat16
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 4, ["model.multi_modal_projector"])
+
+
 def test_easy_vqa_is_built_in(call, tmp_path):
     assert call(data="easy-vqa", images=None, limit=8, **{"max-steps": 1}) == 0
     assert len(losses(tmp_path / "out")) == 1
@@ -71,6 +85,7 @@ def test_easy_vqa_is_built_in(call, tmp_path):
 def test_both_implementations_train_in_bf16(call, tmp_path, implementation):
     assert call("--no-fp32-adapters", implementation=implementation, dtype="bf16", **{"max-steps": 1}) == 0
     assert losses(tmp_path / "out")[0] > 0
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +98,7 @@ def test_both_implementations_train_in_bf16(call, tmp_path, implementation):
         ({"set": "r"}, "--set: expected NAME=VALUE, got 'r'"),
         ({"set": "targets=nose"}, "nose"),
         ({"data": "nowhere.json"}, "nowhere.json: expected a conversation file"),
-        ({"images": None}, "--images: expected the image folder of --data"),
+        ({"images": None}, "expected no 'image', as no image folder was given"),
         ({"data": "easy-vqa"}, "--images: expected none, as easy-vqa brings its own"),
         ({"model": "no/such/model/here"}, "no/such/model/here"),
         ({"learning-rate": -1}, "learning_rate: expected a number above 0, got -1.0"),

@@ -1,0 +1,170 @@
+"""What `add_peft` has put on a model: the method, the parts trained beside it, and every tensor under the key that HF
+PEFT stores it by."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mmpeft_fast.hf_config import meta_twin, part_names, part_parameters, parts_with
+from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.peft_norm import WideGain
+from mmpeft_fast.layers.plan import LINEAR_ROLES, PARTS
+from mmpeft_fast.methods import LayerNorm, LoRA, Method, Prefix
+from mmpeft_fast.models import Family, base_model, family_of
+from mmpeft_fast.peft_model import unfuse
+
+PROMPT_KEY, ENCODER_ROOT = "prompt_embeddings", "prompt_encoder."
+
+
+class Slot(NamedTuple):
+    """A tensor of the model, its full name and the shape it is stored in."""
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+
+class Carried(NamedTuple):
+    """A method, the parts (`plan.PARTS`) trained besides what it names itself, and all their tensors by stored key."""
+
+    method: Method
+    parts: tuple[str, ...]
+    slots: dict[str, Slot]
+
+
+def read_carried(model: nn.Module) -> Carried | None:
+    """What a model is set up to train, or None where it is a plain model.
+
+    Args:
+        model: a transformers model of a known family, fused or not.
+
+    Raises:
+        ValueError: another kind of model, or trained parameters that belong neither to the method nor to a part.
+    """
+    if base_model(model) is not model:
+        raise ValueError(f"expected a transformers model, got a {type(model).__name__}")
+    family, method = family_of(model), getattr(model, "peft_method", None)
+    if method is None:
+        return None
+    slots = _method_slots(model, family, method)
+    own = {slot.name for slot in slots.values()}
+    parts = _parts_on(model, family, _tuned_names(model) - own, method)
+    root = _key_root(method)
+    for module_name in part_names(model, family, parts):
+        for name, tensor in model.get_submodule(module_name).state_dict(keep_vars=True).items():
+            full = f"{module_name}.{name}"
+            slots[root + full] = Slot(full, tensor, tuple(tensor.shape))
+    if isinstance(method, LayerNorm):
+        return Carried(LayerNorm(final=method.final, **dict.fromkeys(parts, True)), (), slots)
+    return Carried(method, parts, slots)
+
+
+def mark_loaded(model: nn.Module, names: Collection[str]) -> None:
+    """Remembers parameters whose values came from an adapter, so that they count as its own while they are frozen."""
+    model.loaded_from_adapter = frozenset(names)
+
+
+def bare_twin(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, not fused and without PEFT parameters."""
+    twin = unfuse(meta_twin(model))
+    for module in twin.modules():
+        drop_peft(module)
+    decoder = family_of(twin).decoder_of(twin)
+    if hasattr(decoder, "prefix_encoder"):
+        del decoder.prefix_encoder
+    forget_method(twin)
+    return twin
+
+
+def forget_method(model: nn.Module) -> None:
+    """Takes back what `add_peft` and `mark_loaded` have noted on a model."""
+    for name in ("peft_method", "loaded_from_adapter"):
+        model.__dict__.pop(name, None)
+
+
+def drop_peft(module: nn.Module) -> None:
+    """Turns a PeftLinear, or a norm with a widened gain, into what it was; its weight stays as it is. Anything else is
+    left alone."""
+    if isinstance(module, PeftLinear):
+        del module.branches, module.in_scale, module.out_scale
+        module.__class__ = nn.Linear
+    elif isinstance(module, WideGain):
+        module.__class__ = type(module)._swapped_from
+
+
+def _tuned_names(model: nn.Module) -> set[str]:
+    """Full names of the parameters that are trained, or were; a tied one has one for each of its places."""
+    loaded = getattr(model, "loaded_from_adapter", frozenset())
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad or name in loaded
+    }
+
+
+def _sites(model: nn.Module, family: Family, role: str) -> dict[str, nn.Module]:
+    """The modules that play a role, by full name; none where the family lacks it."""
+    if role == "final_norm":
+        return {f"{family.decoder}.{family.paths.norm}": family.paths.norm_of(family.decoder_of(model))}
+    if role not in family.paths.roles:
+        return {}
+    prefix, path = f"{family.decoder}.{family.paths.layers}", family.paths.roles[role]
+    return {f"{prefix}.{idx}.{path}": family.paths.at(layer, role) for idx, layer in enumerate(family.layers_of(model))}
+
+
+def _key_root(method: Method) -> str:
+    """What HF PEFT puts before the base model's names: a tuner lies between a PeftModel and its model but for a
+    prefix."""
+    return "base_model." if isinstance(method, Prefix) else "base_model.model."
+
+
+def _method_slots(model: nn.Module, family: Family, method: Method) -> dict[str, Slot]:
+    """The method's own tensors by the key they are stored by."""
+    if isinstance(method, Prefix):
+        place, encoder = f"{family.decoder}.prefix_encoder.", family.decoder_of(model).prefix_encoder
+        if not method.projection:
+            weight = encoder.embedding.weight
+            return {PROMPT_KEY: Slot(f"{place}embedding.weight", weight, tuple(weight.shape))}
+        return {
+            ENCODER_ROOT + name: Slot(place + name, parameter, tuple(parameter.shape))
+            for name, parameter in encoder.named_parameters()
+        }
+    root, slots = _key_root(method), {}
+    down, up = ("lora_A", "lora_B") if isinstance(method, LoRA) else ("adapter_down", "adapter_up")
+    for role in LINEAR_ROLES:
+        for name, linear in _sites(model, family, role).items():
+            if not isinstance(linear, PeftLinear):
+                continue
+            for branch in linear.branches:
+                slots[f"{root}{name}.{down}.weight"] = _slot(f"{name}.branches.0.down", branch.down)
+                slots[f"{root}{name}.{up}.weight"] = _slot(f"{name}.branches.0.up", branch.up)
+            if linear.in_scale is not None:
+                slots[f"{root}{name}.ia3_l"] = Slot(f"{name}.in_scale", linear.in_scale, (1, linear.in_features))
+            if linear.out_scale is not None:
+                slots[f"{root}{name}.ia3_l"] = Slot(f"{name}.out_scale", linear.out_scale, (linear.out_features, 1))
+    if isinstance(method, LayerNorm):
+        for role in method.plan(family.paths.roles).gains:
+            for name, norm in _sites(model, family, role).items():
+                slots[f"{root}{name}.ln_tuning_layers.weight"] = _slot(f"{name}.weight", norm.weight)
+    return slots
+
+
+def _slot(name: str, tensor: Tensor) -> Slot:
+    return Slot(name, tensor, tuple(tensor.shape))
+
+
+def _parts_on(model: nn.Module, family: Family, names: set[str], method: Method) -> tuple[str, ...]:
+    """The parts that parameters with these names make up; a part that is trained in part counts as a whole."""
+    whole, left = parts_with(names, model, family)
+    parts = list(whole)
+    for name in sorted(left):
+        holding = [part for part in PARTS if name in part_parameters(model, family, part)]
+        if not holding:
+            raise ValueError(
+                f"expected trained parameters of {type(method).__name__} or of a part among {list(PARTS)}, "
+                f"got {name}, which an adapter's folder has no place for"
+            )
+        if not set(parts) & set(holding):
+            parts.append(holding[-1])
+    return tuple(part for part in PARTS if part in parts)

@@ -1,0 +1,249 @@
+"""Adapters on disk in HF PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+`save_peft` writes what a model trains, `PeftModel.from_pretrained` and `load_peft` read it; an Adapter, which HF PEFT
+does not have, has the same shape of folder and peft_type MMPEFT_ADAPTER.
+"""
+
+import copy
+import json
+from dataclasses import fields
+from itertools import accumulate
+from pathlib import Path
+
+import peft
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmpeft_fast.atomic import new_folder, recover
+from mmpeft_fast.carried import (
+    ENCODER_ROOT,
+    PROMPT_KEY,
+    Carried,
+    Slot,
+    bare_twin,
+    mark_loaded,
+    read_carried,
+)
+from mmpeft_fast.hf_config import ADAPTER_TYPE, AdapterConfig, hf_config, method_of
+from mmpeft_fast.layers.plan import Plan
+from mmpeft_fast.methods import LoRA, Method, Prefix
+from mmpeft_fast.models import base_model, family_of
+from mmpeft_fast.peft_model import add_peft, part_modules
+
+__all__ = ["load_peft", "save_peft"]
+
+# HF PEFT's configuration has no word for it.
+_INDEPENDENT_MASKS = "independent_masks"
+
+
+def save_peft(model: nn.Module, folder: str | Path) -> None:
+    """Writes everything a model trains as a folder that `PeftModel.from_pretrained` loads, whole or not at all.
+
+    A projected prefix is stored as HF PEFT does, materialised, and with the weights of its projection besides, which
+    HF PEFT leaves unread.
+
+    Args:
+        model: with `add_peft` parameters, or a `PeftModel` (its active adapter); fused or not.
+        folder: new, empty, or with nothing but an earlier adapter, which it replaces.
+
+    Raises:
+        ValueError: nothing to save, a trained parameter that has no place in the format, or other files in `folder`.
+    """
+    folder = recover(Path(folder))
+    if folder.exists():
+        _check_replaceable(folder)
+    base, metadata = base_model(model), {"format": "pt"}
+    if isinstance(model, PeftModel):
+        config, tensors = _of_peft_model(model)
+    else:
+        carried = read_carried(model)
+        if carried is None:
+            raise ValueError(f"save_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
+        config, tensors = hf_config(model, carried.method, parts=carried.parts), _stored(model, carried)
+        if isinstance(carried.method, LoRA) and carried.method.independent_masks:
+            metadata[_INDEPENDENT_MASKS] = "true"
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    origin = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as temporary:
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata=metadata)
+        (temporary / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)  # save_file makes it private to the user
+        config.save_pretrained(str(temporary), auto_mapping_dict=None if config.task_type else origin)
+
+
+def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> nn.Module:
+    """Puts a saved adapter into a model, in place; nothing is changed unless all of it fits.
+
+    Args:
+        model: a plain transformers model of a known family, which gets `add_peft` parameters, or one that carries
+            fitting ones, fused or not.
+        folder: written by `save_peft`, or by HF PEFT's `save_pretrained` for LoRA, IA3, LN-tuning or prefix-tuning.
+        trainable: whether the adapter's parameters require grad afterwards; everything else is frozen.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unreadable folder, a configuration that `add_peft` has no equivalent of, or the first tensor
+            that does not fit by name, shape or dtype.
+    """
+    if base_model(model) is not model:
+        raise ValueError(
+            f"load_peft: expected a transformers model, got a {type(model).__name__}; use its load_adapter"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("load_peft: expected a model with values, got one on the meta device")
+    folder = recover(Path(folder))
+    config, tensors, metadata = _read(folder)
+    carried, twin = read_carried(model), bare_twin(model)
+    method, parts = method_of(config, twin)
+    if isinstance(method, LoRA) and metadata.get(_INDEPENDENT_MASKS) == "true":
+        method = LoRA(**vars(method) | {_INDEPENDENT_MASKS: True})
+    if isinstance(method, Prefix) and method.projection and not any(key.startswith(ENCODER_ROOT) for key in tensors):
+        method = Prefix(num_virtual_tokens=method.num_virtual_tokens)  # as HF PEFT keeps it: materialised
+    if carried is not None:
+        _check_same(carried.method, method, model)
+    fits = carried or read_carried(_add(twin, method, parts))
+    if isinstance(method, Prefix) and method.projection:
+        tensors.pop(PROMPT_KEY, None)  # what the projection gives
+    _check_tensors(tensors, fits.slots, folder)
+
+    carried = carried or read_carried(_add(model, method, parts))
+    model.requires_grad_(False)
+    with torch.no_grad():
+        for key, slot in carried.slots.items():
+            slot.tensor.copy_(tensors[key].reshape(slot.tensor.shape))
+            if isinstance(slot.tensor, nn.Parameter):
+                slot.tensor.requires_grad_(trainable)
+    mark_loaded(model, {slot.name for slot in carried.slots.values()})
+    return model
+
+
+def _add(model: nn.Module, method: Method, parts: tuple[str, ...]) -> nn.Module:
+    add_peft(model, method)
+    for module in part_modules(model, family_of(model), set(parts)):
+        module.requires_grad_(True)
+    return model
+
+
+def _stored(model: nn.Module, carried: Carried) -> dict[str, Tensor]:
+    """The tensors of a model with `add_peft` parameters as they are stored."""
+    tensors = {key: _copy(slot.tensor).reshape(slot.shape) for key, slot in carried.slots.items()}
+    if isinstance(carried.method, Prefix) and carried.method.projection:
+        with torch.no_grad():
+            tensors[PROMPT_KEY] = _copy(family_of(model).decoder_of(model).prefix_encoder())
+    return tensors
+
+
+def _of_peft_model(model: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a PeftModel's active adapter as they are stored.
+
+    Trained parameters of the base model that HF PEFT does not count to the adapter keep their names, under which it
+    loads them.
+    """
+    adapter = model.active_adapter
+    config = copy.deepcopy(model.peft_config[adapter])
+    stored = get_peft_model_state_dict(model, adapter_name=adapter)
+    tensors, places = {key: _copy(tensor) for key, tensor in stored.items()}, {_place(t) for t in stored.values()}
+    if config.is_prompt_learning:
+        encoder = model.prompt_encoder[adapter]
+        if [tuple(p.shape) for p in encoder.parameters()] != [tuple(stored[PROMPT_KEY].shape)]:
+            tensors |= {ENCODER_ROOT + name: _copy(parameter) for name, parameter in encoder.named_parameters()}
+        places |= {_place(parameter) for parameter in encoder.parameters()}
+    root = "base_model." if config.is_prompt_learning else "base_model.model."
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _place(parameter) not in places:
+            if not name.startswith(root) or _is_of_an_adapter(model, name):
+                raise ValueError(
+                    f"save_peft: {name} is trained, but is no part of the active adapter {adapter!r} and would be lost"
+                )
+            tensors[name] = _copy(parameter)
+    return config, tensors
+
+
+def _is_of_an_adapter(model: PeftModel, name: str) -> bool:
+    modules = list(accumulate(name.split(".")[:-1], "{}.{}".format))
+    return any(isinstance(model.get_submodule(module), BaseTunerLayer | ModulesToSaveWrapper) for module in modules)
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Memory of its own on the CPU: safetensors takes no views of one buffer."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"save_peft: expected a folder, got the file {folder}")
+    others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME})
+    if others:
+        raise ValueError(
+            f"save_peft: expected {folder} new, empty or with nothing but an adapter, it also holds {others[0]}"
+        )
+
+
+def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors and the tensor file's metadata. Raises ValueError where a file cannot be read."""
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        kind = {ADAPTER_TYPE: AdapterConfig, **PEFT_TYPE_TO_CONFIG_MAPPING}[settings["peft_type"]]
+        known = {field.name for field in fields(kind)}
+        config = kind(**{name: value for name, value in settings.items() if name in known})
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load_peft: expected an adapter in {folder}, it cannot be read: {error}") from error
+    for name in sorted(settings.keys() - known):
+        if settings[name]:  # nothing that another version of HF PEFT added and this adapter does not use
+            raise ValueError(
+                f"load_peft: {folder / CONFIG_NAME} has {name}={settings[name]!r}, which HF PEFT {peft.__version__} "
+                "does not know"
+            )
+    return config, tensors, metadata
+
+
+def _check_same(carried: Method, saved: Method, model: nn.Module) -> None:
+    """Raises ValueError unless both compute the same from the same tensors; how they are trained may differ."""
+    roles = family_of(model).paths.roles
+    if _computation(carried.plan(roles)) != _computation(saved.plan(roles)):
+        raise ValueError(f"load_peft: expected an adapter for the model's {carried}, got {saved}")
+
+
+def _computation(plan: Plan) -> tuple:
+    branches = {
+        role: (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
+        for role, branch in plan.branches.items()
+    }
+    return branches, dict(plan.scales), plan.prefix, set(plan.gains)
+
+
+def _check_tensors(tensors: dict[str, Tensor], slots: dict[str, Slot], folder: Path) -> None:
+    """Raises ValueError at the first tensor that is missing, unknown or does not fit."""
+    where = f"load_peft: {folder / SAFETENSORS_WEIGHTS_NAME}"
+    if missing := sorted(slots.keys() - tensors.keys()):
+        raise ValueError(f"{where}: expected a tensor {missing[0]}, there is none")
+    if unknown := sorted(tensors.keys() - slots.keys()):
+        raise ValueError(f"{where}: expected {len(slots)} tensors, it also has {unknown[0]}")
+    first_key = {}
+    for key, slot in slots.items():
+        saved, twin = tensors[key], first_key.setdefault(id(slot.tensor), key)
+        if tuple(saved.shape) != slot.shape:
+            raise ValueError(f"{where}: expected {key} as {list(slot.shape)}, got {list(saved.shape)}")
+        if not torch.equal(saved.to(slot.tensor.dtype).to(saved.dtype), saved):
+            raise ValueError(
+                f"{where}: {key} is {saved.dtype} and would be rounded to {slot.tensor.dtype}; load the base model in "
+                f"{saved.dtype} (and convert the whole afterwards)"
+            )
+        if not torch.equal(saved, tensors[twin]):
+            raise ValueError(f"{where}: {twin} and {key} differ, and are one weight in the model (tied)")

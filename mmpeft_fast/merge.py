@@ -1,0 +1,169 @@
+"""Folding trained parameters into the weights: what remains is a plain model that computes the same.
+
+W' = diag(l_out) (W + sum s U D) diag(l_in),  b' = l_out * b;  gains take the place of a norm's own.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from mmpeft_fast.atomic import new_folder, recover
+from mmpeft_fast.carried import drop_peft, forget_method, read_carried
+from mmpeft_fast.hf_peft import register_readers
+from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.peft_norm import WideGain
+from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
+from mmpeft_fast.methods import Adapter, Prefix
+from mmpeft_fast.models import base_model, family_of
+from mmpeft_fast.ops.activations import accumulate_dtype
+from mmpeft_fast.peft_model import unfuse
+
+__all__ = ["merge_peft"]
+
+_PREFIX = "a prefix cannot be merged: its keys and values stand beside those of the tokens, in no weight"
+
+
+class _Fold(NamedTuple):
+    """A plain module of the base model and what is to go into its weight."""
+
+    name: str
+    module: nn.Module
+    site: LinearSite | Tensor
+    """A linear's branches and scales, or a norm's gain."""
+
+
+def merge_peft(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
+    """Folds LoRA, IA3 and tuned norms into the weights, in place: the model afterwards is a plain one, frozen.
+
+    Sums and products are formed in at least float32 and rounded once, to the weight's dtype.
+
+    Args:
+        model: with `add_peft` parameters, or a `PeftModel` (its active adapters); fused or not.
+        folder: also saves the merged model there, whole or not at all, for transformers' `from_pretrained`.
+
+    Returns:
+        The transformers model (of a `PeftModel` its base model), not fused.
+
+    Raises:
+        ValueError: no PEFT parameters, a method that cannot be merged, a weight that another module shares, or a
+            `folder` with something in it. The model is then unchanged.
+    """
+    folder = None if folder is None else recover(Path(folder))
+    if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"merge_peft: expected a new or empty folder, got {folder}")
+    base = base_model(model)
+    folds = _of_peft_model(model) if isinstance(model, PeftModel) else _of_added(model)
+    _check_unshared(base, folds)
+
+    unfuse(model)
+    with torch.no_grad():
+        for fold in folds:
+            if isinstance(fold.site, LinearSite):
+                _fold_linear(fold.module, fold.site)
+            else:
+                fold.module.weight.copy_(fold.site)
+    if isinstance(model, PeftModel):
+        _unload(base)
+    else:
+        _drop_added(base)
+    base.requires_grad_(False)
+    if folder is not None:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as temporary:
+            base.save_pretrained(temporary)
+    return base
+
+
+def _of_added(model: nn.Module) -> list[_Fold]:
+    """What `add_peft` has put on a model; a tuned norm holds its gain already."""
+    carried = read_carried(model)
+    if carried is None:
+        raise ValueError(f"merge_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
+    if isinstance(carried.method, Prefix):
+        raise ValueError(f"merge_peft: {_PREFIX}")
+    if isinstance(carried.method, Adapter):
+        raise ValueError(
+            "merge_peft: an Adapter cannot be merged: its bottleneck is not linear, or lies before or after the layer"
+        )
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, PeftLinear)]
+    return [_Fold(name, linear, LinearSite(linear.segment(), linear.in_scale)) for name, linear in linears]
+
+
+def _of_peft_model(model: PeftModel) -> list[_Fold]:
+    """HF PEFT's layers, their active adapters."""
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"merge_peft: {_PREFIX}")
+    register_readers()
+    folds = []
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module.disable_adapters:
+            raise ValueError("merge_peft: expected enabled adapters, they are disabled")
+        plain = module.get_base_layer()
+        try:
+            site = read_norm(module)[0] if isinstance(module, LNTuningLayer) else read_linear(module)
+        except ValueError as error:
+            raise ValueError(f"merge_peft: cannot merge {name}: {error}; its merge_and_unload may") from error
+        if isinstance(site, LinearSite) and site.segment.bias is not plain.bias:
+            raise ValueError(f"merge_peft: {name} has an adapter with a bias; expected lora_bias=False")
+        folds.append(_Fold(name, plain, site))
+    return folds
+
+
+def _fold_linear(linear: nn.Linear, site: LinearSite) -> None:
+    wide = accumulate_dtype(linear.weight.dtype)
+    weight, segment = linear.weight.to(wide), site.segment
+    for branch in segment.branches:
+        weight = torch.addmm(weight, branch.up.to(wide), branch.down.to(wide), alpha=branch.scaling)
+    if segment.out_scale is not None:
+        weight = weight * segment.out_scale.to(wide)[:, None]
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias.to(wide) * segment.out_scale.to(wide))
+    if site.in_scale is not None:
+        weight = weight * site.in_scale.to(wide)
+    linear.weight.copy_(weight)
+
+
+def _check_unshared(base: nn.Module, folds: list[_Fold]) -> None:
+    """Raises ValueError where a weight to fold into is used in a second place, which would change as well."""
+    uses = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    for fold in folds:
+        if uses[id(fold.module.weight)] > 1:
+            raise ValueError(f"merge_peft: expected {fold.name} to have a weight of its own, another module shares it")
+
+
+def _drop_added(model: nn.Module) -> None:
+    """Gives every module its own class, and widened gains the dtype of the weights around them."""
+    family = family_of(model)
+    dtype = family.paths.at(family.layers_of(model)[0], family.paths.projections[0]).weight.dtype
+    for module in model.modules():
+        if isinstance(module, WideGain):
+            module.weight = nn.Parameter(module.weight.detach().to(dtype))
+        drop_peft(module)
+    forget_method(model)
+
+
+def _unload(base: nn.Module) -> None:
+    """Puts plain modules in the place of HF PEFT's."""
+    for name, module in list(base.named_modules(remove_duplicate=False)):
+        if isinstance(module, BaseTunerLayer):
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, plain)
+    base.__dict__.pop("peft_config", None)
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    # Copies that HF PEFT trained apart from each other are no longer tied.
+    if head is not None and base.config.tie_word_embeddings and head.weight is not embeddings.weight:
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
