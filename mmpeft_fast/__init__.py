@@ -12,8 +12,13 @@ __version__ = "0.1.0"
 # Names are imported on first use, so that the command line's --help does not wait for torch.
 _HOMES = {
     "add_peft": "peft_model",
+    "FuseCallback": "hf_trainer",
     "fuse": "peft_model",
+    "fuse_report": "fusion",
     "is_fused": "peft_model",
+    "load_peft": "checkpoint",
+    "merge_peft": "merge",
+    "save_peft": "checkpoint",
     "study_method": "peft_model",
     "unfuse": "peft_model",
     "Adapter": "methods",

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import Swapped, swap_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
-from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
+from mmpeft_fast.layers.sites import (
+    LinearSite,
+    NormSite,
+    Unfusable,
+    check_untouched,
+    read_linear,
+    read_norm,
+    register_linear,
+    register_norm,
+)
 from mmpeft_fast.ops.segments import Branch
 
 
@@ -29,12 +38,13 @@ def _read_lora(module: PeftLoraLinear) -> LinearSite:
         if name not in module.lora_A:
             continue
         if getattr(module, "lora_variant", {}).get(name) is not None or module.use_dora.get(name, False):
-            raise ValueError(f"fuse: LoRA adapter {name!r} is a variant (DoRA or other); expected plain LoRA")
+            raise Unfusable(f"LoRA adapter {name!r} is a variant (DoRA or other); expected plain LoRA")
         if module.fan_in_fan_out:
-            raise ValueError(f"fuse: LoRA adapter {name!r} is stored transposed; expected fan_in_fan_out=False")
-        up, scaling = module.lora_B[name], module.scaling[name]
+            raise Unfusable(f"LoRA adapter {name!r} is stored transposed; expected fan_in_fan_out=False")
+        down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        check_untouched(down, up, module.lora_dropout[name])
         dropout = getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
-        branches.append(Branch(module.lora_A[name].weight, up.weight, scaling, dropout=dropout))
+        branches.append(Branch(down.weight, up.weight, scaling, dropout=dropout))
         if up.bias is not None:
             extra = (scaling * up.bias).to(site.segment.weight.dtype)
             bias = extra if bias is None else bias + extra
@@ -54,7 +64,8 @@ def _read_ia3(module: PeftIA3Linear) -> LinearSite:
     return LinearSite(site.segment._replace(out_scale=scale))
 
 
-def _read_ln_tuning(module: LNTuningLayer) -> tuple[Tensor, float]:
+def _read_ln_tuning(module: LNTuningLayer) -> NormSite:
+    check_untouched(module)
     names = [] if _inactive(module) else [name for name in module.active_adapters if name in module.ln_tuning_layers]
     return read_norm(module.ln_tuning_layers[names[0]] if names else module.base_layer)
 
@@ -62,9 +73,9 @@ def _read_ln_tuning(module: LNTuningLayer) -> tuple[Tensor, float]:
 @functools.cache
 def register_readers() -> None:
     """Lets `read_linear` and `read_norm` understand HF PEFT's layers."""
-    read_linear.register(PeftLoraLinear, _read_lora)
-    read_linear.register(PeftIA3Linear, _read_ia3)
-    read_norm.register(LNTuningLayer, _read_ln_tuning)
+    register_linear(PeftLoraLinear, _read_lora)
+    register_linear(PeftIA3Linear, _read_ia3)
+    register_norm(LNTuningLayer, _read_ln_tuning)
 
 
 class _PeftPrefix:
@@ -108,6 +119,11 @@ class _PeftPrefixSlice:
         """Generation through HF PEFT puts the prefix into the cache; the fused forward pass does not."""
         return not self.prefix.active
 
+    @property
+    def needs_fused_layers(self) -> bool:
+        """Whether a layer that ran its own forward now would miss the prefix."""
+        return self.prefix.active
+
     def __call__(self) -> tuple[Tensor, Tensor] | None:
         if self.prefix.flat is None:
             return None
@@ -129,13 +145,14 @@ class _FusedPeftPrefixModel(Swapped):
             prefix.active = False
 
 
-def _has_prefix(model: nn.Module) -> bool:
+def has_prefix(model: nn.Module) -> bool:
+    """Whether the active adapter of a PeftModel is a prefix."""
     return isinstance(model, peft.PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig)
 
 
 def fuse_prefix(model: nn.Module, decoder: nn.Module, paths: DecoderPaths) -> None:
     """Fuses the prefix of a PeftModel; anything else is left alone."""
-    if not _has_prefix(model) or "fused_prefix" in model.__dict__:
+    if not has_prefix(model) or "fused_prefix" in model.__dict__:
         return
     model.fused_prefix = _PeftPrefix()
     hook = decoder.rotary_emb.register_forward_pre_hook(model.fused_prefix.shift_positions, with_kwargs=True)

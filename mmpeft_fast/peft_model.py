@@ -5,31 +5,41 @@ fuse(model)               same parameters, same results, fused computation
 unfuse(model)             back to what it was
 """
 
+import warnings
+
 from torch import nn
 
 from mmpeft_fast import hf_peft
+from mmpeft_fast.fusion import PREFIX, candidates, report_of
 from mmpeft_fast.layers.causal_lm import FusedCausalLM
-from mmpeft_fast.layers.class_swap import is_swapped, restore_class, swap_class
-from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless, check_decoder_layer
+from mmpeft_fast.layers.class_swap import is_swapped, own_class, restore_class, swap_class
+from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
-from mmpeft_fast.layers.sites import read_norm
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
 
 __all__ = ["add_peft", "fuse", "is_fused", "study_method", "unfuse"]
 
+_FUSED_CLASSES = {
+    "decoder layers": FusedDecoderLayer,
+    "final norm": FusedRMSNorm,
+    "head and loss": FusedCausalLM,
+    "vision tower": Graphless,
+}
 # Attributes that fuse puts on modules; unfuse removes them.
 _FUSE_ATTRIBUTES = (
     "cache_idx",
     "full_attention",
+    "has_own_forward",
     "is_tail",
     "keep_logits",
     "output_class",
     "paths",
+    "said",
     "sparse_last_layer",
 )
 
@@ -38,7 +48,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
     """Freezes the model and attaches a method's trainable parameters, in place.
 
     Base parameters keep their names; new ones lie beside them (`q_proj.branches.0.down`, `down_proj.in_scale`,
-    `prefix_encoder.embedding.weight`), in at least float32.
+    `prefix_encoder.embedding.weight`), in at least float32. The method is noted as `model.peft_method`.
 
     Args:
         model: a transformers model of a known family, on any device (`meta` too).
@@ -49,15 +59,17 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         The same model.
 
     Raises:
-        ValueError: unknown family, PEFT parameters present already, a site that cannot carry a branch.
+        ValueError: unknown family, PEFT parameters present already, a site that cannot carry a branch, no connector.
     """
     if not isinstance(method, Method):
         raise ValueError(f"add_peft: expected a method such as LoRA(r=16), got {method!r}")
     if model is not base_model(model):
         raise ValueError("add_peft: the model carries HF PEFT adapters already; expected a plain transformers model")
     family = family_of(model)
+    if train_connector:
+        family.require_connector()
     decoder = family.decoder_of(model)
-    if any(isinstance(module, PeftLinear) for module in decoder.modules()) or hasattr(decoder, "prefix_encoder"):
+    if hasattr(model, "peft_method") or any(isinstance(module, PeftLinear) for module in decoder.modules()):
         raise ValueError("add_peft: the model carries PEFT parameters already; expected one without")
     if is_fused(model):
         raise ValueError("add_peft: the model is fused; call unfuse(model) first")
@@ -91,6 +103,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
     parts = set(plan.parts) | ({"connector"} if train_connector else set())
     for module in part_modules(model, family, parts):
         module.requires_grad_(True)
+    model.peft_method = method
     return model
 
 
@@ -135,53 +148,71 @@ def _add_prefix(decoder: nn.Module, family: Family, plan: Plan) -> None:
     attach_prefix(decoder, attentions, encoder)
 
 
-def fuse(model: nn.Module, *, keep_logits: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
     No parameter is created, replaced or renamed. Weights that share an input (q, k, v; gate, up) become rows of one
-    buffer where nobody else holds their memory; fuse after moving the model to its device.
+    buffer where nobody else holds their memory; fuse after moving the model to its device and before sharding it.
 
     In training with labels the fused model takes its loss from the token-sparse tail and returns `logits=None`;
-    everything else returns what it did before.
+    everything else returns what it did before. What cannot be fused stays as it was and works as before: one warning
+    counts and names it, and `fuse_report(model)` says what is fused, what is not, and why.
 
     Args:
         model: a transformers model of a known family, with `add_peft` parameters or without, or a model that HF PEFT
-            has prepared (LoRA, IA3, LN-tuning, prefix-tuning). Any device, `meta` and fake tensors too.
+            has prepared. Any device, `meta` and fake tensors too.
         keep_logits: training forward passes return full logits.
+        strict: what cannot be fused is an error, and the model is then unchanged.
 
     Returns:
-        The same model. Fusing twice is harmless; `keep_logits` of the last call counts.
+        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits` of the last call
+        counts.
 
     Raises:
-        ValueError: unknown family, or a layer whose computation the fused one would not reproduce; the model is then
-            unchanged.
+        ValueError: not a module; with `strict`, something cannot be fused; a publisher's model (Qwen-VL) with a layer
+            that cannot be.
     """
-    hf_peft.register_readers()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fuse: expected a model, got {type(model).__name__}")
     base = base_model(model)
-    family = family_of(base)
-    paths, decoder, layers = family.paths, family.decoder_of(base), family.layers_of(base)
-    for layer in layers:
-        check_decoder_layer(layer, paths)
-    read_norm(paths.norm_of(decoder))
+    try:
+        family = family_of(base)
+    except ValueError as error:
+        if strict:
+            raise
+        warnings.warn(f"fuse: nothing is fused: {error}", stacklevel=2)
+        return model
+    found = candidates(model, family)
+    is_publishers = not issubclass(own_class(base), family.model_class)
+    refused = [seen for seen in found if seen.reason is not None]
+    if refused:
+        message = f"fuse: {report_of(found).summary()}"
+        # The publisher's layers cannot run inside this package's decoder.
+        if strict or (is_publishers and any(seen.part in _FUSED_CLASSES for seen in refused)):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     if not isinstance(base, family.model_class):
         family.adopt(base)
 
+    paths, decoder, layers = family.paths, family.decoder_of(base), family.layers_of(base)
+    fusable = {id(seen.module) for seen in found if seen.reason is None}
     owned = owners(model)
     for layer_idx, layer in enumerate(layers):
-        for roles in (paths.projections, ("gate", "up"), ("down",)):
-            stack_linears([paths.at(layer, role) for role in roles], owned)
-        swap_class(layer, FusedDecoderLayer)
-        layer.paths, layer.cache_idx = paths, layer_idx
-    layers[-1].is_tail = True
-    swap_class(paths.norm_of(decoder), FusedRMSNorm)
-    for module in family.modules_at(base, family.vision_tower):
-        swap_class(module, Graphless)
-    swap_class(base, FusedCausalLM)
-    base.keep_logits = keep_logits
-    base.output_class = family.output_class
-    base.sparse_last_layer = family.sparse_last_layer(base.config)
-    base.full_attention = set(getattr(decoder.config, "layer_types", None) or ()) <= {"full_attention"}
-    hf_peft.fuse_prefix(model, decoder, paths)
+        if id(layer) in fusable:
+            for roles in (paths.projections, ("gate", "up"), ("down",)):
+                stack_linears([paths.at(layer, role) for role in roles], owned)
+            layer.paths, layer.cache_idx, layer.has_own_forward = paths, layer_idx, not is_publishers
+            layer.is_tail = layer is layers[-1]
+    for seen in found:
+        if seen.reason is None and seen.part in _FUSED_CLASSES:
+            swap_class(seen.module, _FUSED_CLASSES[seen.part])
+    if is_swapped(base):
+        base.keep_logits = keep_logits
+        base.output_class = family.output_class
+        base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
+        base.full_attention = family.full_attention(base)
+    if any(seen.part == PREFIX and seen.reason is None for seen in found):
+        hf_peft.fuse_prefix(model, decoder, paths)
     return model
 
 
@@ -200,4 +231,5 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def is_fused(model: nn.Module) -> bool:
-    return is_swapped(base_model(model))
+    """Whether `fuse` has changed anything in the model."""
+    return any(is_swapped(module) for module in base_model(model).modules())

@@ -1,7 +1,6 @@
 """Adapters on disk: HF PEFT loads ours and we load its, nothing is lost, and what does not fit is refused untouched."""
 
 import copy
-import dataclasses
 import json
 import warnings
 
@@ -116,7 +115,7 @@ def test_training_goes_on_from_it_bit_by_bit(name, tmp_path):
     expected = steps(model, family, 2)
 
     loaded = fuse(load_peft(tiny_model(family, num_layers=1), tmp_path / "adapter"))
-    assert read_carried(loaded).method == read_carried(model).method
+    assert read_carried(loaded).method.plan() == read_carried(model).method.plan()
     assert {key: value.dtype for key, value in loaded.state_dict().items()} == {k: v.dtype for k, v in values.items()}
     assert all(torch.equal(value, values[key]) for key, value in loaded.state_dict().items())
     assert trained(loaded).keys() == trained(model).keys()
@@ -207,9 +206,6 @@ def test_a_part_frozen_in_part_is_saved_whole(tmp_path):
 def test_what_add_peft_has_put_on_a_model_is_read_back(method):
     model = tiny_model("qwen2_vl", num_layers=1)
     read = read_carried(add_peft(model, method))
-    if hasattr(method, "targets"):
-        plan = method.plan()
-        method = dataclasses.replace(method, targets=tuple(plan.branches or plan.scales))
     assert read.method == method and read.parts == ()
     assert {slot.name for slot in read.slots.values()} == trained(model).keys()
 

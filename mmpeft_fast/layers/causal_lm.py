@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mmpeft_fast.layers.class_swap import Swapped
+from mmpeft_fast.layers.sites import Unfusable, read_linear
 from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from mmpeft_fast.ops.rows import take_rows
 
 # Above this share of supervised positions gathering saves too little to be worth its copies.
 _SPARSE_SHARE = 0.75
@@ -22,17 +24,22 @@ def supervised_targets(labels: Tensor, capacity: int | None = None) -> tuple[Ten
     Args:
         labels: [B, T] int64 aligned with the inputs (not shifted), -100 = ignored.
         capacity: C, at least the largest number of supervised positions in a sample. Read from `labels` when None,
-            which costs a host synchronisation on an accelerator.
+            which costs a host synchronisation on an accelerator; T under torch.compile, which allows none.
 
     Returns:
-        rows [B, C] int64, ascending, and targets [B, C]; surplus places hold position T - 1 and -100.
+        rows [B, C] int64, ascending, and targets [B, C]; surplus places hold position T - 1 and -100. With C = T all
+        positions in order.
     """
     batch, length = labels.shape
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    position = torch.arange(length, device=labels.device)
+    if capacity is None and torch.compiler.is_compiling():
+        capacity = length
+    if capacity is not None and capacity >= length:
+        return position.expand(batch, length), targets
     supervised = targets != IGNORE_INDEX
     if capacity is None:
         capacity = max(1, int(supervised.sum(1).max())) if batch else 1
-    position = torch.arange(length, device=labels.device)
     # Unsupervised positions sort behind all others and read as the last position, whose target is always ignored.
     rows = torch.where(supervised, position, length).sort(dim=1).values[:, :capacity].clamp(max=length - 1)
     return rows, targets.gather(1, rows)
@@ -42,11 +49,12 @@ def causality_suffices(attention_mask: Tensor | None, rows: Tensor, targets: Ten
     """Whether a padding mask [B, T] can be left out: padding is on the right only and carries no label itself, so no
     supervised row (`supervised_targets`) can see it.
 
-    Decided only where that needs no host synchronisation; on accelerators the caller has to say so (`right_padded`).
+    Decided only where that needs no host synchronisation; on accelerators and under torch.compile the caller has to say
+    so (`right_padded`).
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.device.type != "cpu":
+    if torch.compiler.is_compiling() or isinstance(attention_mask, FakeTensor):
         return False
-    if isinstance(attention_mask, FakeTensor):
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.device.type != "cpu":
         return False
     real = attention_mask.bool()
     labelled_are_real = (real.gather(1, rows) | (targets == IGNORE_INDEX)).all()
@@ -59,7 +67,8 @@ class FusedCausalLM(Swapped):
 
     Extra keywords of `forward`, both to spare host synchronisations: `supervised_capacity` (see `supervised_targets`)
     and `right_padded` (padding, if any, is on the right and unlabelled; read from a mask on the CPU when not given):
-    attention then needs no mask. `num_items_in_batch` divides the summed loss, as in transformers.
+    attention then needs no mask. Under torch.compile neither is read from tensors: without them the tail takes all
+    positions, and attention the mask. `num_items_in_batch` divides the summed loss, as in transformers.
     """
 
     keep_logits = False
@@ -67,7 +76,9 @@ class FusedCausalLM(Swapped):
     full_attention = True
 
     def forward(self, *args, **kwargs):
-        hints = {name: kwargs.pop(name, None) for name in ("supervised_capacity", "right_padded")}
+        hints = {name: kwargs.get(name) for name in ("supervised_capacity", "right_padded")}
+        # A dict of our own: a compiler does not look through what others do once it has seen the caller's changed.
+        kwargs = {name: value for name, value in kwargs.items() if name not in hints}
         if kwargs.get("output_attentions"):
             raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
         base_forward = super().forward
@@ -94,28 +105,35 @@ class FusedCausalLM(Swapped):
         rows, targets = supervised_targets(labels, supervised_capacity)
         if right_padded is None:
             right_padded = causality_suffices(kwargs.get("attention_mask"), rows, targets)
-        if right_padded and self.full_attention:
-            kwargs["ignore_padding"] = True
+        tail = {}
+        has_past = kwargs.get("past_key_values") is not None  # keys that the queries' own positions do not count
+        if right_padded and self.full_attention and not has_past:
+            tail["ignore_padding"] = True
         if (
             self.sparse_last_layer
+            and not has_past
             and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]
             and not kwargs.get("output_hidden_states")
         ):
-            kwargs["supervised_rows"] = rows
-        outputs = self.base_model(**kwargs)
+            tail["supervised_rows"] = rows
+        outputs = self.base_model(**kwargs, **tail)
         hidden = outputs.last_hidden_state
-        if "supervised_rows" not in kwargs:
-            hidden = torch.take_along_dim(hidden, rows[..., None], dim=1)
+        if "supervised_rows" not in tail and rows.shape[1] < hidden.shape[1]:
+            hidden = take_rows(hidden, rows)
         loss = self._head_loss(hidden.flatten(0, 1), targets.flatten(), num_items_in_batch)
-        fields = {"hidden_states": outputs.hidden_states, "image_hidden_states": outputs.get("image_hidden_states")}
+        names = ("hidden_states", "image_hidden_states", "video_hidden_states")
+        fields = {name: outputs.get(name) for name in names}
         return self.output_class(loss=loss, **{k: v for k, v in fields.items() if v is not None})
 
     def _head_loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
-        head = self.lm_head
-        if type(head) is nn.Linear:
-            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, count=count)
-        # An adapted or wrapped head computes its own logits; they are few.
-        logits = head(hidden).float()
+        try:
+            site = read_linear(self.lm_head)
+        except Unfusable:
+            site = None
+        if site is not None and not site.segment.branches and site.segment.out_scale is site.in_scale is None:
+            return linear_cross_entropy(hidden, site.segment.weight, targets, bias=site.segment.bias, count=count)
+        # An adapted, wrapped or hooked head computes its own logits; they are few.
+        logits = self.lm_head(hidden).float()
         total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (
             (targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device)

@@ -40,7 +40,15 @@ def is_swapped(module: nn.Module) -> bool:
     return isinstance(module, Swapped)
 
 
+def own_class(module: nn.Module) -> type:
+    """The class that a module has without any `swap_class`."""
+    kind = type(module)
+    while issubclass(kind, Swapped):
+        kind = kind._swapped_from
+    return kind
+
+
 def restore_class(module: nn.Module) -> None:
     """Undoes every `swap_class` on this instance; anything else is left alone."""
-    while is_swapped(module):
-        module.__class__ = type(module)._swapped_from
+    if is_swapped(module):
+        module.__class__ = own_class(module)

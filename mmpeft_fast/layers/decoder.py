@@ -7,17 +7,74 @@ gate, up, x1 = fused_linear(x1, [gate, up],   prologue=rms_norm, carry)
 x2           = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
 """
 
+import logging
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
-from mmpeft_fast.layers.sites import read_linear, read_norm
+from mmpeft_fast.layers.sites import LinearSite, NormSite, Unfusable, check_untouched, read_linear, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
 from mmpeft_fast.ops.dropout import draw_seed
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.rms_norm import rms_norm
+from mmpeft_fast.ops.rows import take_rows
+
+_logger = logging.getLogger(__name__)
+
+
+class LayerSites(NamedTuple):
+    """What a decoder layer is made of at this moment. `head_norms`: of q and k, None where there are none."""
+
+    input_norm: NormSite
+    projections: list[LinearSite]
+    head_norms: list[NormSite | None]
+    o: LinearSite
+    post_attention_norm: NormSite
+    gate: LinearSite
+    up: LinearSite
+    down: LinearSite
+
+
+def read_layer(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
+    """Reads a decoder layer as `FusedDecoderLayer` computes it.
+
+    Raises:
+        Unfusable: the layer's own computation is another one.
+    """
+    attn = paths.attention_of(layer)
+    if paths.activation is not None:
+        activation = type(layer.get_submodule(paths.activation)).__name__
+        if activation not in ("SiLU", "SiLUActivation"):
+            raise Unfusable(f"its activation is {activation}; expected SiLU")
+    if getattr(attn, "attention_dropout", 0.0):
+        raise Unfusable(f"its attention dropout is {attn.attention_dropout}; expected 0")
+    config = getattr(attn, "config", None)
+    if getattr(config, "sliding_window", None) and "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        raise Unfusable(
+            "its window is known to transformers' flash attention alone; expected attn_implementation='sdpa'"
+        )
+    check_untouched(*(layer.get_submodule(path) for path in paths.containers))
+
+    def norm(module: nn.Module) -> NormSite:
+        check_untouched(module)
+        return read_norm(module)
+
+    sites = LayerSites(
+        input_norm=norm(paths.at(layer, "input_norm")),
+        projections=[read_linear(paths.at(layer, role)) for role in paths.projections],
+        head_norms=[norm(getattr(attn, name)) if hasattr(attn, name) else None for name in ("q_norm", "k_norm")],
+        o=read_linear(paths.at(layer, "o")),
+        post_attention_norm=norm(paths.at(layer, "post_attention_norm")),
+        **{role: read_linear(paths.at(layer, role)) for role in ("gate", "up", "down")},
+    )
+    for names, together in (("q, k, v", sites.projections), ("gate, up", [sites.gate, sites.up])):
+        if any(site.in_scale is not together[0].in_scale for site in together):
+            raise Unfusable(f"{names} share an input but not its scale; expected one input scale or none")
+    return sites
 
 
 class FusedDecoderLayer(Swapped):
@@ -29,11 +86,15 @@ class FusedDecoderLayer(Swapped):
     it computes queries (but those of a fused qkv), o, and the MLP at those positions only and returns [B, C, H]; keys
     and values are needed everywhere. `ignore_padding`: causality alone keeps padding out of every row that counts, so
     the mask is not needed.
+
+    A layer that cannot be read at some call (an adapter of another kind was activated, a hook was put on a linear
+    layer) runs its own forward there, and says so once; with `has_own_forward` false it raises.
     """
 
     paths = DecoderPaths()
     cache_idx = 0
     is_tail = False
+    has_own_forward = True
 
     def forward(
         self,
@@ -49,27 +110,35 @@ class FusedDecoderLayer(Swapped):
         **kwargs,
     ) -> Tensor:
         x, paths = hidden_states, self.paths
-        gain, eps = read_norm(paths.at(self, "input_norm"))
-        projections = [read_linear(paths.at(self, role)) for role in paths.projections]
-        o, gate, up, down = (read_linear(paths.at(self, role)) for role in ("o", "gate", "up", "down"))
         rows = supervised_rows if self.is_tail else None
+        try:
+            sites = read_layer(self, paths)
+        except Unfusable as reason:
+            self._check_own_forward(reason)
+            query = {} if query_scale is None else {"query_scale": query_scale}
+            y = super().forward(
+                x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                use_cache=use_cache, position_embeddings=position_embeddings, **query, **kwargs,
+            )  # fmt: skip
+            return y if rows is None else take_rows(y, rows)
+        (gain, eps), projections = sites.input_norm, sites.projections
+        o, gate, up, down = sites.o, sites.gate, sites.up, sites.down
         mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
 
         # One draw a layer; `stream` keeps the masks of its four calls apart.
-        sites = (*projections, o, gate, up, down)
-        draws = any(branch.dropout > 0.0 for site in sites for branch in site.segment.branches)
+        linears = (*projections, o, gate, up, down)
+        draws = any(branch.dropout > 0.0 for site in linears for branch in site.segment.branches)
         seed = draw_seed(x.device) if draws else None
 
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
         def project(x, *sites):
             segments = [site.segment._replace(out_scale=None) for site in sites]
-            in_scale = shared_in_scale(*(site.in_scale for site in sites))
             return fused_linear(
-                x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=in_scale, seed=seed, carry=True
+                x, segments, prologue="rms_norm", gain=gain, eps=eps, in_scale=sites[0].in_scale, seed=seed, carry=True
             )
 
         def at_rows(x):
-            return x if rows is None else torch.take_along_dim(x, rows[..., None], dim=1)
+            return x if rows is None else take_rows(x, rows)
 
         if len(projections) == 1:
             qkv, x = project(x, *projections)
@@ -87,26 +156,35 @@ class FusedDecoderLayer(Swapped):
         if query_scale is not None:
             q = (q * query_scale).to(q.dtype)
 
-        attended = self._attend((q, k, v), scales, position_embeddings, mask, past_key_values, rows, eps)
+        attended = self._attend((q, k, v), scales, sites.head_norms, position_embeddings, mask, past_key_values, rows)
         x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
-        gain, eps = read_norm(paths.at(self, "post_attention_norm"))
+        gain, eps = sites.post_attention_norm
         gate_y, up_y, x1 = fused_linear(
             x1, [gate.segment, up.segment], prologue="rms_norm", gain=gain, eps=eps,
-            in_scale=shared_in_scale(gate.in_scale, up.in_scale), seed=seed, stream=2, carry=True,
+            in_scale=gate.in_scale, seed=seed, stream=2, carry=True,
         )  # fmt: skip
         return fused_linear(
             (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3
         )
 
-    def _attend(self, raw, scales, cos_sin, mask, cache, rows, eps) -> Tensor:
+    def _check_own_forward(self, reason: Unfusable) -> None:
+        """Says once that the layer runs its own forward, or raises where that would not compute the same."""
+        prefix = getattr(self.paths.attention_of(self), "prefix", None)
+        if not self.has_own_forward or getattr(prefix, "needs_fused_layers", False):
+            raise reason
+        if torch.compiler.is_compiling():
+            _say(self.cache_idx, str(reason))
+        elif str(reason) not in self.__dict__.setdefault("said", set()):
+            self.said.add(str(reason))
+            _say(self.cache_idx, str(reason))
+
+    def _attend(self, raw, scales, head_norms, cos_sin, mask, cache, rows) -> Tensor:
         attn = self.paths.attention_of(self)
         head_dim = attn.head_dim
         scale = getattr(attn, "scaling", head_dim**-0.5)
-        gains, head_eps = [None, None], eps
-        for i, name in enumerate(("q_norm", "k_norm")):
-            if hasattr(attn, name):
-                gains[i], head_eps = read_norm(getattr(attn, name))
+        gains = [None if norm is None else norm.gain for norm in head_norms]
+        head_eps = next((norm.eps for norm in head_norms if norm is not None), 0.0)
         q_how, k_how, v_how = map(HeadTransform, scales, (*gains, None))
         prefix = getattr(attn, "prefix", None)
         if prefix is not None and cache is not None and getattr(prefix, "lives_in_cache", False):
@@ -128,15 +206,9 @@ class FusedDecoderLayer(Swapped):
         return out.transpose(1, 2).flatten(-2)
 
 
-def shared_in_scale(*scales: Tensor | None) -> Tensor | None:
-    """The one input scale of sites that share an input.
-
-    Raises:
-        ValueError: the sites have different input scales, so they do not share an input.
-    """
-    if all(scale is scales[0] for scale in scales):
-        return scales[0]
-    raise ValueError("fuse: sites that share an input (q, k, v; gate, up) need one input scale or none, got several")
+@torch.compiler.assume_constant_result  # a compiled graph says it when it is traced
+def _say(layer_idx: int, reason: str) -> None:
+    _logger.warning("layer %d runs unfused: %s", layer_idx, reason)
 
 
 def full_mask(mask: Tensor | None, num_queries: int) -> Tensor | None:
@@ -155,7 +227,10 @@ class FusedRMSNorm(Swapped):
     """Mixin for a norm that stays a module of its own (the final one): saves its input, no normalised copy."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gain, eps = read_norm(self)
+        try:
+            gain, eps = read_norm(self)
+        except Unfusable:
+            return super().forward(hidden_states)
         return rms_norm(hidden_states, gain, eps)
 
 
@@ -180,18 +255,3 @@ class Graphless(Swapped):
             return super().forward(*args, **kwargs)
         with torch.no_grad():
             return super().forward(*args, **kwargs)
-
-
-def check_decoder_layer(layer: nn.Module, paths: DecoderPaths) -> None:
-    """Raises ValueError where a layer's computation is not the one `FusedDecoderLayer` performs."""
-    attn, name = paths.attention_of(layer), type(layer).__name__
-    if paths.activation is not None:
-        activation = type(layer.get_submodule(paths.activation)).__name__
-        if activation not in ("SiLU", "SiLUActivation"):
-            raise ValueError(f"fuse: {name} has activation {activation}; expected SiLU")
-    if getattr(attn, "attention_dropout", 0.0):
-        raise ValueError(f"fuse: {name} has attention dropout {attn.attention_dropout}; expected 0")
-    for role in (*paths.projections, "o", "gate", "up", "down"):
-        read_linear(paths.at(layer, role))
-    for role in ("input_norm", "post_attention_norm"):
-        read_norm(paths.at(layer, role))

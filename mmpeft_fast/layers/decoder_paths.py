@@ -1,5 +1,6 @@
 """Where a decoder keeps its layers, norms and linear sites: the one description that a family gives of its shape."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -42,6 +43,11 @@ class DecoderPaths:
     def projections(self) -> tuple[str, ...]:
         """The roles that make queries, keys and values."""
         return ("qkv",) if "qkv" in self.roles else ("q", "k", "v")
+
+    @functools.cached_property
+    def containers(self) -> tuple[str, ...]:
+        """Modules between a layer and its sites (attention, MLP)."""
+        return tuple(dict.fromkeys(path.rpartition(".")[0] for path in self.roles.values() if "." in path))
 
     def layers_of(self, decoder: nn.Module) -> list[nn.Module]:
         return list(decoder.get_submodule(self.layers))

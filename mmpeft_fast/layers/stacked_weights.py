@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from mmpeft_fast.layers.sites import read_linear
+from mmpeft_fast.layers.sites import is_plain, read_linear
 from mmpeft_fast.ops import dispatch, layout, stacking
 from mmpeft_fast.ops.segments import Segment
 
@@ -19,15 +18,15 @@ from mmpeft_fast.ops.segments import Segment
 def owners(model: nn.Module) -> Counter:
     """How many parameters and buffers of the model lie in each storage."""
     tensors = [*model.parameters(), *model.buffers()]
-    return Counter(tensor.untyped_storage()._cdata for tensor in tensors if _is_plain(tensor))
+    return Counter(tensor.untyped_storage()._cdata for tensor in tensors if _has_storage(tensor))
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+def _has_storage(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.layout == torch.strided
 
 
 def _is_movable(tensor: Tensor, owned: Counter) -> bool:
-    if not _is_plain(tensor) or not tensor.is_contiguous() or tensor.is_inference():
+    if not _has_storage(tensor) or not tensor.is_contiguous() or tensor.is_inference():
         return False
     storage = tensor.untyped_storage()
     return owned[storage._cdata] == 1 and storage.nbytes() == tensor.numel() * tensor.element_size()

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpeft_fast.ops import stacking
-from mmpeft_fast.ops.flash import FlashResult, flash_backward, flash_forward
-from mmpeft_fast.ops.kernel_set import HeadTransform, Rotation
+from mmpeft_fast.ops.attention_schedule import (
+    NUM_DIFFERENTIABLE,
+    NUM_TENSORS,
+    AttentionCall,
+    AttentionKept,
+    AttentionRunner,
+)
+from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
+from mmpeft_fast.ops.kernel_set import HeadTransform
 from mmpeft_fast.ops.norms import rms_norm_ref
-from mmpeft_fast.ops.providers import kernel_set
+from mmpeft_fast.ops.opaque import traceable
+from mmpeft_fast.ops.opaque_attention import OpaqueAttentionRunner
+from mmpeft_fast.ops.providers import forced_provider, kernel_set
 from mmpeft_fast.ops.rotary import rotate
+from mmpeft_fast.ops.rows import take_rows
 
 __all__ = ["HeadTransform", "attention", "attention_ref", "concat_prefix_attention", "transform_heads"]
 
@@ -35,99 +44,44 @@ def _transform_ref(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: 
     return x if cos is None else rotate(x, cos, sin)
 
 
-def _alive(mask: Tensor | None) -> Tensor | None:
-    """[B or 1, 1, T]: which queries attend to any key at all."""
-    if mask is None:
-        return None
-    return mask.any(-1) if mask.dtype == torch.bool else (mask > float("-inf")).any(-1)
-
-
 class _Attention(torch.autograd.Function):
-    """Keeps q, k and v as they went into the softmax; as the GEMM gave them where a scale is trained or a head norm has
-    to be differentiated."""
+    """Arguments after `runner` (None: the schedule on the kernels of the moment) and `overwrite`: those of an
+    `AttentionCall`. Keeps q, k and v as they went into the softmax; as the GEMM gave them where a scale is trained or a
+    head norm has to be differentiated."""
 
     @staticmethod
-    def forward(
-        ctx, q, k, v, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, cos, sin, cos_q, sin_q, mask,
-        head_dim, eps, scale, causal, overwrite,
-    ):  # fmt: skip
-        kernels = ctx.kernels = kernel_set("attention", q)
-        how = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
-        rotation = Rotation(cos, sin, cos_q, sin_q)
-        ctx.is_raw = [
-            need_scale or transform.gain is not None
-            for need_scale, transform in zip(ctx.needs_input_grad[3:6], how, strict=True)
-        ]
-        ctx.stacked = stacking.as_columns((q, k, v)) is not None
-        # Columns of a wider buffer live as long as any of them: what is kept takes the place of what is not.
-        in_place = tuple(
-            overwrite and not is_raw and x.stride(1) > x.shape[2] for x, is_raw in zip((q, k), ctx.is_raw, strict=False)
-        )
-        # `.data` has a version counter of its own: k and v, columns of the same buffer, are kept as they came.
-        places = (q.data if in_place[0] else q, k.data if in_place[1] else k, v)
-        transformed = kernels.heads(*places, how, rotation, head_dim=head_dim, eps=eps, overwrite=(*in_place, False))
-        result = flash_forward(*transformed, mask, causal, scale)
-        if prefix_k is not None:
-            out, lse = kernels.merge_prefix(
-                transformed[0], prefix_k, prefix_v, result.out, result.lse, scale=scale, alive=_alive(mask)
-            )
-            result = FlashResult(out, lse, result.extra)
-        # [B, T, H, DH] in memory where the kernel keeps q's layout, so this is a view.
-        out = result.out.transpose(1, 2).flatten(-2)
-        kept = [
-            raw if is_raw else done.transpose(1, 2).flatten(-2)
-            for raw, done, is_raw in zip((q, k, v), transformed, ctx.is_raw, strict=True)
-        ]
-        # What the kernel wants back is tensors, numbers and None.
-        tensors = [item if isinstance(item, Tensor) else None for item in result.extra]
-        ctx.save_for_backward(
-            *kept, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, *rotation, mask, out, result.lse,
-            *tensors,
-        )  # fmt: skip
-        ctx.extra = [None if isinstance(item, Tensor) else item for item in result.extra]
-        ctx.options = head_dim, eps, scale, causal
-        return out
+    def forward(ctx, runner, overwrite, *arguments):
+        call = AttentionCall(*arguments)
+        ctx.runner = runner or AttentionRunner(kernel_set("attention", call.q))
+        kept = ctx.runner.forward(call, _needs(ctx), overwrite)
+        ctx.options, ctx.is_raw, ctx.joint = call[NUM_TENSORS:], kept.is_raw, kept.joint
+        ctx.save_for_backward(*kept[:3], *call[3:NUM_TENSORS], kept.out, kept.lse, *kept.extra)
+        return kept.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (
-            q, k, v, q_scale, k_scale, v_scale, q_gain, k_gain, prefix_k, prefix_v, cos, sin, cos_q, sin_q, mask,
-            out, lse, *tensors,
-        ) = ctx.saved_tensors  # fmt: skip
-        head_dim, eps, scale, causal = ctx.options
-        kernels, need = ctx.kernels, ctx.needs_input_grad
-        extra = tuple(item if tensor is None else tensor for item, tensor in zip(ctx.extra, tensors, strict=True))
-        how = HeadTransform(q_scale, q_gain), HeadTransform(k_scale, k_gain), HeadTransform(v_scale)
-        rotation = Rotation(cos, sin, cos_q, sin_q)
-        kept = (q, k, v)
-        again = (None,) * 3
-        if any(ctx.is_raw):
-            again = kernels.heads(q, k, v, how, rotation, head_dim=head_dim, eps=eps)
-        heads_q, heads_k, heads_v = (
-            redone if is_raw else _heads(x, head_dim).transpose(1, 2)
-            for x, redone, is_raw in zip(kept, again, ctx.is_raw, strict=True)
-        )
-        heads_out, heads_dout = _heads(out, head_dim).transpose(1, 2), _heads(dout, head_dim).transpose(1, 2)
-        result = FlashResult(heads_out, lse, extra)
-        dq, dk, dv = flash_backward(heads_dout, heads_q, heads_k, heads_v, result, mask, causal, scale)
-        dprefix_k = dprefix_v = None
-        if prefix_k is not None:
-            dq, dprefix_k, dprefix_v = kernels.prefix_backward(
-                heads_dout, heads_q, prefix_k, prefix_v, heads_out, lse, dq, scale=scale
-            )
-        grads = kernels.heads_backward(
-            (dq, dk, dv),
-            tuple(x if is_raw else None for x, is_raw in zip(kept, ctx.is_raw, strict=True)),
-            how,
-            rotation,
-            head_dim=head_dim,
-            eps=eps,
-            needs=[(need[0], need[3], need[6]), (need[1], need[4], need[7]), (need[2], need[5], False)],
-            out=stacking.empty_columns(kept) if ctx.stacked and all(need[:3]) else None,
-        )
-        (dq, dq_scale, dq_gain), (dk, dk_scale, dk_gain), (dv, dv_scale, _) = grads
-        return dq, dk, dv, dq_scale, dk_scale, dv_scale, dq_gain, dk_gain, dprefix_k, dprefix_v, *(None,) * 10
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each look
+        tensors, (out, lse, *extra) = saved[:NUM_TENSORS], saved[NUM_TENSORS:]
+        call = AttentionCall(*tensors, *ctx.options)
+        kept = AttentionKept(*tensors[:3], ctx.is_raw, out, lse, tuple(extra), ctx.joint)
+        grads = ctx.runner.backward(call, kept, dout, _needs(ctx))
+        return None, None, *grads, *(None,) * (len(call) - NUM_DIFFERENTIABLE)
+
+
+def _needs(ctx) -> tuple[bool, ...]:
+    return ctx.needs_input_grad[2 : 2 + NUM_DIFFERENTIABLE]
+
+
+def _traceable_attention(provider, tensors, *options) -> Tensor:
+    return _Attention.apply(OpaqueAttentionRunner(provider), False, *tensors, *options)
+
+
+traceable(
+    "attention",
+    "(str? provider, Tensor?[] tensors, int head_dim, float eps, float scale, bool causal) -> Tensor",
+    _traceable_attention,
+)
 
 
 def _causal_rows(rows: Tensor, num_keys: int) -> Tensor:
@@ -168,7 +122,7 @@ def attention(
             its columns, what the backward needs may be written there instead of elsewhere.
 
     Returns:
-        [B, T or C, H * DH] in q's dtype.
+        [B, T or C, H * DH] in q's dtype; under autocast in autocast's.
 
     Raises:
         ValueError: widths do not fit together.
@@ -189,23 +143,23 @@ def attention(
             f"attention: expected prefix keys and values [{kv_width // head_dim}, P, {head_dim}], "
             f"got {[list(part.shape) for part in prefix]}"
         )
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v, cos, sin = (part.to(dtype) for part in (q, k, v, cos, sin))
     cos_q, sin_q = cos, sin
     if rows is not None:
-        gather = rows[:, :, None]
-        cos_q, sin_q = (
-            torch.take_along_dim(part.expand(rows.shape[0], *part.shape[1:]), gather, dim=1) for part in (cos, sin)
-        )
-        mask = (
-            _causal_rows(rows, k.shape[1])
-            if mask is None
-            else torch.take_along_dim(mask.expand(rows.shape[0], -1, -1, -1), rows[:, None, :, None], dim=2)
-        )
+        cos_q, sin_q = take_rows(cos, rows), take_rows(sin, rows)
+        mask = _causal_rows(rows, k.shape[1]) if mask is None else take_rows(mask[:, 0], rows)[:, None]
     prefix_k, prefix_v = prefix if prefix is not None else (None, None)
-    return _Attention.apply(
+    tensors = (
         q, k, v, q_how.scale, k_how.scale, v_scale, q_how.gain, k_how.gain, prefix_k, prefix_v,
-        cos, sin, cos_q, sin_q, mask, head_dim, eps, head_dim**-0.5 if scale is None else scale, mask is None,
-        overwrite,
+        cos, sin, cos_q, sin_q, mask,
     )  # fmt: skip
+    options = head_dim, eps, head_dim**-0.5 if scale is None else scale, mask is None
+    with without_autocast(q):
+        if torch.compiler.is_compiling():
+            return torch.ops.mmpeft_fast.attention(forced_provider(), list(tensors), *options)
+        return _Attention.apply(None, overwrite, *tensors, *options)
 
 
 def concat_prefix_attention(
@@ -253,9 +207,9 @@ def attention_ref(
     heads_k = transform_heads(k, k_how, cos, sin, head_dim, eps)
     heads_v = transform_heads(v, HeadTransform(v_scale), None, None, head_dim, eps)
     if rows is not None:
-        cos, sin = (torch.take_along_dim(part.expand(len(rows), -1, -1), rows[..., None], dim=1) for part in (cos, sin))
+        cos, sin = take_rows(cos, rows), take_rows(sin, rows)
         full = torch.ones(k.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        mask = torch.take_along_dim(full.expand(len(rows), 1, *full.shape[-2:]), rows[:, None, :, None], dim=2)
+        mask = take_rows(full.expand(len(rows), 1, *full.shape[-2:])[:, 0], rows)[:, None]
     heads_q = transform_heads(q, q_how, cos, sin, head_dim, eps)
     out = concat_prefix_attention(
         heads_q, heads_k, heads_v, scale=head_dim**-0.5 if scale is None else scale, mask=mask, causal=mask is None,

@@ -19,11 +19,12 @@ _CUDA_FLASH_MAX_HEAD_DIM = 256
 
 
 class FlashResult(NamedTuple):
-    """out [B, H, Tq, DH] (laid out like q), lse [B, H, Tq], and what the kernel's own backward needs besides."""
+    """out [B, H, Tq, DH] (laid out like q), lse [B, H, Tq], and the tensors that the kernel's own backward wants
+    besides (the state of a random generator, though nothing is dropped)."""
 
     out: Tensor
     lse: Tensor
-    extra: tuple
+    extra: tuple[Tensor, ...]
 
 
 def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -80,8 +81,10 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         return FlashResult(out, lse, ())
     if kernel == "cuda_flash":
-        out, lse, *extra = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return FlashResult(out, lse, tuple(extra[:6]))
+        out, lse, _, _, _, _, philox_seed, philox_offset, _ = _aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+        return FlashResult(out, lse, (philox_seed, philox_offset))
     if kernel == "cuda_efficient":
         heads = q.shape[1]
         bias = None if mask is None else _padded_bias(mask, q, k.shape[2])
@@ -115,9 +118,9 @@ def flash_backward(
             dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     if kernel == "cuda_flash":
-        cum_q, cum_k, max_q, max_k, philox_seed, philox_offset = extra
+        # No cumulative lengths: these are sequences of one length, whose longest is that length.
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, philox_seed, philox_offset, scale=scale
+            dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *extra, scale=scale
         )
         return dq, dk, dv
     heads, kv_heads = q.shape[1], k.shape[1]

@@ -1,7 +1,9 @@
 """A fused linear call as autograd sees it: what is static, what are tensors, and which gradients are wanted."""
 
+import ast
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,11 +45,21 @@ class CallSpec:
     def num_inputs(self) -> int:
         return 2 if self.prologue == "swiglu" else 1
 
+    def as_text(self) -> str:
+        """The inverse of `spec_from_text`."""
+        return repr(astuple(self))
+
+
+@functools.lru_cache(maxsize=4096)
+def spec_from_text(text: str) -> CallSpec:
+    prologue, eps, segments = ast.literal_eval(text)
+    return CallSpec(prologue, eps, tuple(tuple(BranchSpec(*branch) for branch in branches) for branches in segments))
+
 
 class CallBranch(NamedTuple):
-    spec: BranchSpec
     down: Tensor
     up: Tensor
+    spec: BranchSpec
 
     @property
     def is_post(self) -> bool:
@@ -85,8 +97,9 @@ class Call(NamedTuple):
 class Kept(NamedTuple):
     """What a forward pass keeps for its backward besides the call's own tensors.
 
-    rstd [M, 1] of rms_norm; a_inner, a_post: a [M, R] of the branches in order; before_scale, before_post: y [M, N] of
-    the segments that have a scale or post branches, in order, None where no gradient needs it.
+    rstd [M, 1] of rms_norm; a_inner: a [M, sum R] of the inner branches on one mask, mask after mask; a_post: a [M, R]
+    of the post branches in order; before_scale, before_post: y [M, N] of the segments that have a scale or post
+    branches, in order, None where no gradient needs it.
     """
 
     rstd: Tensor | None
@@ -123,7 +136,7 @@ class Grads(NamedTuple):
     segments: list[SegmentGrads]
 
 
-def flatten_segments(segments: Sequence[Segment] | Sequence[SegmentGrads]) -> list[Tensor | None]:
+def flatten_segments(segments: Sequence[Segment | CallSegment | SegmentGrads]) -> list[Tensor | None]:
     """Weight, bias, out_scale and a (down, up) pair a branch, segment after segment: autograd's order."""
     flat: list[Tensor | None] = []
     for seg in segments:
@@ -144,9 +157,13 @@ def _grouped(spec: CallSpec, flat: Sequence):
 
 def unflatten_segments(spec: CallSpec, flat: Sequence[Tensor | None]) -> list[CallSegment]:
     return [
-        CallSegment(*head, [CallBranch(branch, *pair) for branch, pair in zip(branches, pairs, strict=True)])
+        CallSegment(*head, [CallBranch(*pair, branch) for branch, pair in zip(branches, pairs, strict=True)])
         for branches, head, pairs in _grouped(spec, flat)
     ]
+
+
+def unflatten_grads(spec: CallSpec, flat: Sequence[Tensor | None]) -> list[SegmentGrads]:
+    return [SegmentGrads(*head, pairs) for _, head, pairs in _grouped(spec, flat)]
 
 
 class Needs:
@@ -156,6 +173,7 @@ class Needs:
     """
 
     def __init__(self, flags: Sequence[bool], spec: CallSpec):
+        self.flags = tuple(flags)
         self.residual, self.gain, self.in_scale, _ = flags[:4]
         self.x = tuple(flags[4 : 4 + spec.num_inputs])
         self.segments: list[WantedSegment] = []

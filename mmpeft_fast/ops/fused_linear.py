@@ -10,6 +10,7 @@ down (arXiv 2406.05130); IA3 (Liu et al. 2022) is the scales. The backward is wr
 a = D drop(h) only, recomputes h from x and z from a, and computes nothing that no gradient asks for.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,24 +19,38 @@ from torch.autograd.function import once_differentiable
 
 from mmpeft_fast.ops import schedule
 from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
 from mmpeft_fast.ops.dropout import draw_seed, dropout_ref
-from mmpeft_fast.ops.fused_call import Call, Kept, Needs, call_spec, flatten_segments, mask_key, unflatten_segments
+from mmpeft_fast.ops.fused_call import (
+    BranchSpec,
+    Call,
+    CallSpec,
+    Kept,
+    Needs,
+    call_spec,
+    flatten_segments,
+    mask_key,
+    unflatten_segments,
+)
+from mmpeft_fast.ops.opaque import traceable
+from mmpeft_fast.ops.opaque_linear import OpaqueRunner
 from mmpeft_fast.ops.prologue import prologue_ref
-from mmpeft_fast.ops.providers import kernel_set
+from mmpeft_fast.ops.providers import forced_provider, kernel_set
 from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
 
 class _FusedLinear(torch.autograd.Function):
-    """Arguments after `spec` and `carry`: residual, gain, in_scale, seed, the inputs (one or two), then the segments'
-    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input."""
+    """Arguments after `runner` (None: the schedule on the kernels of the moment), `spec` and `carry`: residual, gain,
+    in_scale, seed, the inputs (one or two), then the segments' tensors in the order of `flatten_segments`. Returns a y
+    a segment and, with `carry`, the first input."""
 
     @staticmethod
-    def forward(ctx, spec, carry, residual, gain, in_scale, seed, *tensors):
+    def forward(ctx, runner, spec, carry, residual, gain, in_scale, seed, *tensors):
         x, flat = tensors[: spec.num_inputs], tensors[spec.num_inputs :]
-        need = Needs(ctx.needs_input_grad[2:], spec)
+        need = Needs(ctx.needs_input_grad[3:], spec)
         call = Call(spec, residual, gain, in_scale, seed, x, unflatten_segments(spec, flat))
-        ctx.kernels = kernel_set("fused_linear", x[0])
-        outputs, kept = schedule.forward(ctx.kernels, call, need)
+        ctx.runner = runner or schedule.Runner(kernel_set("fused_linear", x[0]))
+        outputs, kept = ctx.runner.forward(call, need)
         lists = [x if need.kept_x else (None,) * len(x), flat, *kept[1:]]
         ctx.spec, ctx.lengths = spec, [len(items) for items in lists]
         ctx.output_shapes = [y.shape for y in outputs]
@@ -55,22 +70,14 @@ class _FusedLinear(torch.autograd.Function):
             saved = saved[length:]
         x, flat, *kept = lists
         call = Call(ctx.spec, None, gain, in_scale, seed, tuple(x), unflatten_segments(ctx.spec, flat))
-        need = Needs(ctx.needs_input_grad[2:], ctx.spec)
+        need = Needs(ctx.needs_input_grad[3:], ctx.spec)
         dys, dcarry = dys[: len(ctx.output_shapes)], dys[len(ctx.output_shapes) :]
         given = next((dy for dy in (*dys, *dcarry) if dy is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
-        dys = [
-            given.new_zeros(shape) if dy is None else _with_plain_rows(dy)
-            for dy, shape in zip(dys, ctx.output_shapes, strict=True)
-        ]
-        grads = schedule.backward(ctx.kernels, call, need, Kept(rstd, *kept), dys, dcarry[0] if dcarry else None)
-        return None, None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
-
-
-def _with_plain_rows(x: Tensor) -> Tensor:
-    """x [M, N] with unit column stride and rows that do not overlap, copied only where it has not."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+        dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, ctx.output_shapes, strict=True)]
+        grads = ctx.runner.backward(call, need, Kept(rstd, *kept), dys, dcarry[0] if dcarry else None)
+        return None, None, None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
 
 
 def fused_linear(
@@ -89,7 +96,8 @@ def fused_linear(
     """Linear layers that share an input, with everything PEFT adds to them, in one differentiable op.
 
     Args:
-        x: [..., K]; a pair (gate, up) of [..., K] for prologue "swiglu".
+        x: [..., K]; a pair (gate, up) of [..., K] for prologue "swiglu". Under autocast x, weights and biases are cast
+            as torch's linear layers cast them; a residual of a wider dtype stays in it.
         segments: weights [N_i, K] in x's dtype (usually frozen; differentiated where they require grad) with optional
             bias, branches and output scale. Branch and scale parameters may have a wider dtype than x.
         prologue: "none", "rms_norm" (needs `gain` [K]) or "swiglu".
@@ -108,17 +116,78 @@ def fused_linear(
         ValueError: shapes, dtypes or options do not fit; the message has the expectation and what came.
     """
     x = x if isinstance(x, tuple) else (x,)
+    dtype = autocast_dtype(x[0])
+    if dtype is not None:
+        options = {"prologue": prologue, "gain": gain, "eps": eps, "in_scale": in_scale, "seed": seed, "stream": stream}
+        return _autocast(dtype, x, segments, residual, carry, options)
     check_call(x, segments, prologue, gain, in_scale, residual)
-    spec = call_spec(prologue, eps, segments, stream)
-    if seed is None and any(branch.mask is not None for branches in spec.segments for branch in branches):
+    if seed is None and any(mask_key(b.dropout, b.stream, b.position) for seg in segments for b in seg.branches):
         seed = draw_seed(x[0].device)
+    if torch.compiler.is_compiling():
+        y = _compiled(x, segments, prologue, gain, eps, in_scale, residual, seed, stream, carry)
+    else:
+        spec = call_spec(prologue, eps, segments, stream)
+        y = _apply(None, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments))
+    return tuple(y) if len(y) > 1 else y[0]
+
+
+def _apply(runner, spec, carry, residual, gain, in_scale, seed, x, flat) -> list[Tensor]:
+    """`_FusedLinear` on tensors of any number of dimensions."""
     lead = x[0].shape[:-1]
-    inputs = [_with_plain_rows(part.reshape(-1, part.shape[-1])) for part in x]
+    inputs = [schedule.with_plain_rows(part.reshape(-1, part.shape[-1])) for part in x]
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = _FusedLinear.apply(spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flatten_segments(segments))
-    if isinstance(y, tuple):
-        return tuple(part.view(*lead, part.shape[-1]) for part in y)
-    return y.view(*lead, y.shape[-1])
+    y = _FusedLinear.apply(runner, spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flat)
+    return [part.view(*lead, part.shape[-1]) for part in (y if isinstance(y, tuple) else (y,))]
+
+
+def _compiled(x, segments, prologue, gain, eps, in_scale, residual, seed, stream, carry) -> list[Tensor]:
+    """The call as one node of a compiler's graph: numbers, strings and lists of tensors."""
+    branches = [branch for seg in segments for branch in seg.branches]
+    return torch.ops.mmpeft_fast.fused_linear(
+        forced_provider(), prologue, eps, stream, carry,
+        [len(seg.branches) for seg in segments],
+        [branch.activation for branch in branches],
+        [branch.position for branch in branches],
+        [branch.scaling for branch in branches],
+        [branch.dropout for branch in branches],
+        [branch.stream for branch in branches],
+        [residual, gain, in_scale, seed, *x, *flatten_segments(segments)],
+    )  # fmt: skip
+
+
+def _traceable_fused_linear(
+    provider, prologue, eps, stream, carry, num_branches, activations, positions, scalings, dropouts, streams, tensors
+):  # fmt: skip
+    masks = [mask_key(*of_branch, stream) for of_branch in zip(dropouts, streams, positions, strict=True)]
+    branches = map(BranchSpec, scalings, activations, positions, masks)
+    spec = CallSpec(prologue, eps, tuple(tuple(itertools.islice(branches, number)) for number in num_branches))
+    residual, gain, in_scale, seed, *rest = tensors
+    x, flat = rest[: spec.num_inputs], rest[spec.num_inputs :]
+    return _apply(OpaqueRunner(provider), spec, carry, residual, gain, in_scale, seed, x, flat)
+
+
+traceable(
+    "fused_linear",
+    "(str? provider, str prologue, float eps, int stream, bool carry, int[] num_branches, str[] activations, "
+    "str[] positions, float[] scalings, float[] dropouts, int[] streams, Tensor?[] tensors) -> Tensor[]",
+    _traceable_fused_linear,
+)
+
+
+def _autocast(dtype, x, segments, residual, carry, options) -> Tensor | tuple[Tensor, ...]:
+    """`fused_linear` in autocast's dtype."""
+    cast = [
+        seg._replace(weight=seg.weight.to(dtype), bias=None if seg.bias is None else seg.bias.to(dtype))
+        for seg in segments
+    ]
+    # What travels between the layers keeps the dtype that it has there.
+    added = residual if residual is not None and residual.dtype == dtype else None
+    carried = carry and x[0].dtype == dtype
+    with without_autocast(x[0]):
+        y = fused_linear(tuple(part.to(dtype) for part in x), cast, residual=added, carry=carried, **options)
+    if residual is not None and added is None:
+        y = residual + y
+    return (*(y if isinstance(y, tuple) else (y,)), x[0]) if carry and not carried else y
 
 
 def fused_linear_ref(

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
-from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -16,7 +15,9 @@ from mmpeft_fast.ops import csrc, dispatch, kernels_torch
 
 PROVIDERS = ("torch", "cpu", "triton", "cuda")
 
-_forced: ContextVar[str | None] = ContextVar("mmpeft_fast_provider", default=None)
+# One for the process: backward passes on an accelerator, and what activation checkpointing runs again in them, have a
+# thread of their own. Compiled graphs are guarded by it.
+_forced: str | None = None
 _logger = logging.getLogger(__name__)
 
 
@@ -34,15 +35,16 @@ def provider(name: str) -> Iterator[None]:
     reason = why_not_installed(name)
     if reason is not None:
         raise ValueError(f"provider: expected an installed one, got {name!r}; {reason}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def forced_provider() -> str | None:
-    return _forced.get()
+    return _forced
 
 
 def why_not_installed(name: str) -> str | None:
@@ -60,7 +62,11 @@ def why_not_installed(name: str) -> str | None:
 
 def kernel_set(op: str, x: Tensor) -> ModuleType:
     """The module whose kernels run `op` on a tensor like x."""
-    forced = _forced.get()
+    return kernel_set_of(_forced, op, x)
+
+
+def kernel_set_of(forced: str | None, op: str, x: Tensor) -> ModuleType:
+    """`kernel_set` where `forced` is the provider that was asked for, if any."""
     name = forced or dispatch.default_provider(op, x)
     if name != "torch":
         module = importlib.import_module(f"mmpeft_fast.ops.kernels_{name}")

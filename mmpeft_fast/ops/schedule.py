@@ -1,6 +1,7 @@
 """The order in which a fused linear calls the kernel set, forward and backward; the same for every provider."""
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,17 @@ def _groups(inner: Sequence[CallBranch], seed: Tensor | None) -> list[_Group]:
     ]
 
 
+def _by_branch(
+    groups: Sequence[_Group], stacked: Sequence[Tensor | None], inner: Sequence[CallBranch]
+) -> list[Tensor | None]:
+    """a [M, R] of each inner branch from those of its group."""
+    a: list[Tensor | None] = [None] * len(inner)
+    for group, a_group in zip(groups, stacked, strict=True):
+        for i, part in group.split(a_group, inner, 1):
+            a[i] = part
+    return a
+
+
 def _prologue_spec(call: Call) -> PrologueSpec:
     return PrologueSpec(call.spec.prologue, call.gain, call.spec.eps, call.in_scale)
 
@@ -79,15 +91,18 @@ def _pre_operand(h: Tensor, seg: CallSegment, a: Sequence[Tensor]) -> Tensor:
     return h
 
 
-def _stacked(segments: Sequence[CallSegment]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of all segments as one, where their weights are rows of one buffer and nothing keeps the
-    segments apart."""
+def may_be_stacked(segments: Sequence[CallSegment]) -> bool:
+    """Whether nothing but where their weights lie keeps segments from being one GEMM."""
     if any(seg.out_scale is not None or any(b.spec.position != "parallel" for b in seg.branches) for seg in segments):
+        return False
+    return len({seg.bias is None for seg in segments}) == 1
+
+
+def _stacked(segments: Sequence[CallSegment]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of all segments as one, where they may be stacked and their weights are rows of one buffer."""
+    if not may_be_stacked(segments):
         return None
-    biases = [seg.bias for seg in segments]
-    if any((bias is None) != (biases[0] is None) for bias in biases):
-        return None
-    weight = stacking.as_rows([seg.weight for seg in segments])
+    weight, biases = stacking.as_rows([seg.weight for seg in segments]), [seg.bias for seg in segments]
     if weight is None:
         return None
     return weight, None if biases[0] is None else stacking.rows(biases)
@@ -101,13 +116,13 @@ def forward(kernels, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
     joint = None if stacked is None else _joint(call, stacked[0], inner, groups)
     place = {} if joint is None else {"h_out": joint.h}
     h, rstd, a_group = kernels.prologue(_prologue_spec(call), call.x, groups[0].low_rank if groups else None, **place)
-    a: list[Tensor | None] = [None] * len(inner)
+    a_groups = []
     for group in groups:
         if group is not groups[0]:
             _, _, a_group = kernels.prologue(_PLAIN, (h,), group.low_rank, need_h=False)
-        for i, part in group.split(a_group, inner, 1):
-            a[i] = part
-    kept = Kept(rstd if need.kept_x else None, a, [], [], [])
+        a_groups.append(a_group)
+    a = _by_branch(groups, a_groups, inner)
+    kept = Kept(rstd if need.kept_x else None, a_groups, [], [], [])
     if stacked is not None:
         return _stacked_outputs(kernels, call, h, a, joint, *stacked), kept
     remaining, outputs = iter(a), []
@@ -191,8 +206,8 @@ def _several_post(kernels, call: Call, seg: CallSegment, y: Tensor, kept: Kept) 
 class _Backward:
     """One backward pass over the segments of a call."""
 
-    def __init__(self, kernels, call: Call, need: Needs, kept: Kept):
-        self.kernels, self.call, self.need, self.kept = kernels, call, need, kept
+    def __init__(self, kernels, call: Call, need: Needs, kept: Kept, joint_dx: bool):
+        self.kernels, self.call, self.need, self.kept, self.joint_dx = kernels, call, need, kept, joint_dx
         self.inner = _inner(call)
         self.wanted = [
             want
@@ -200,12 +215,10 @@ class _Backward:
             for branch, want in zip(seg.branches, wants.branches, strict=True)
             if not branch.is_post
         ]
+        groups = _groups(self.inner, call.seed)
+        self.a = _by_branch(groups, kept.a_inner, self.inner)
         # Without dh only the masks' groups matter that have a trained D.
-        self.groups = [
-            group
-            for group in _groups(self.inner, call.seed)
-            if need.dh or any(self.wanted[i].down for i in group.members)
-        ]
+        self.groups = [group for group in groups if need.dh or any(self.wanted[i].down for i in group.members)]
         self.needs_da = {i for group in self.groups for i in group.members}
         self.da: list[Tensor | None] = [None] * len(self.inner)
         self.dup: list[Tensor | None] = [None] * len(self.inner)
@@ -270,7 +283,7 @@ class _Backward:
             return
         das, dups = self.kernels.dy_pass(
             [dy for _, _, dy in chosen],
-            [self.kept.a_inner[i] for i, _, _ in chosen],
+            [self.a[i] for i, _, _ in chosen],
             [branch.up for _, branch, _ in chosen],
             scalings=[branch.spec.scaling for _, branch, _ in chosen],
             activations=[branch.spec.activation for _, branch, _ in chosen],
@@ -283,7 +296,7 @@ class _Backward:
     def _weights(self, dys: Sequence[Tensor]) -> list[Tensor | None]:
         """dW of trained base weights."""
         h, _, _ = self.kernels.prologue(_prologue_spec(self.call), self.call.x, None, rstd=self.kept.rstd)
-        remaining, dweights = iter(self.kept.a_inner), []
+        remaining, dweights = iter(self.a), []
         for seg, wants, dy in zip(self.call.segments, self.need.segments, dys, strict=True):
             a = [next(remaining) for _ in seg.inner]
             dweights.append(dy.t() @ _pre_operand(h, seg, a) if wants.weight else None)
@@ -319,7 +332,7 @@ class _Backward:
         for group in self.groups:
             low_rank.append((group.low_rank, stacking.columns([self.da[i] for i in group.members])))
             ddown_wanted.append(any(self.wanted[i].down for i in group.members))
-        beside = len(x) == 2 and all(need.x) and stacking.as_columns(x) is not None
+        beside = len(x) == 2 and all(need.x) and (self.joint_dx or stacking.as_columns(x) is not None)
         grads = self.kernels.prologue_backward(
             _prologue_spec(call), dh, x, self.kept.rstd, low_rank=low_rank, ddown_wanted=ddown_wanted,
             need_dx=need.x, need_dgain=need.gain, need_din_scale=need.in_scale,
@@ -332,7 +345,30 @@ class _Backward:
         return grads, ddowns
 
 
-def backward(kernels, call: Call, need: Needs, kept: Kept, dys: Sequence[Tensor], dcarry: Tensor | None) -> Grads:
-    """Every gradient that `need` asks for, from dy [M, N_i] of the segments and the gradient dcarry [M, K] that x
-    gets from elsewhere."""
-    return _Backward(kernels, call, need, kept).run(dys, dcarry)
+def with_plain_rows(x: Tensor) -> Tensor:
+    """x [M, N] with unit column stride and rows that do not overlap, copied only where it has not."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+class Runner(NamedTuple):
+    """The schedule on one kernel set."""
+
+    kernels: ModuleType
+
+    def forward(self, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
+        return forward(self.kernels, call, need)
+
+    def backward(
+        self,
+        call: Call,
+        need: Needs,
+        kept: Kept,
+        dys: Sequence[Tensor],
+        dcarry: Tensor | None,
+        *,
+        joint_dx: bool = False,
+    ) -> Grads:
+        """Every gradient that `need` asks for, from dy [M, N_i] of the segments and the gradient dcarry [M, K] that x
+        gets from elsewhere. joint_dx: two inputs' gradients are columns of one buffer whether or not the inputs are."""
+        dys, dcarry = [with_plain_rows(dy) for dy in dys], None if dcarry is None else with_plain_rows(dcarry)
+        return _Backward(self.kernels, call, need, kept, joint_dx).run(dys, dcarry)

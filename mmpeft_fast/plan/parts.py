@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.models import Family
 
 # inputs: embeddings, placing image features, positions and masks; elementwise: what lies between GEMMs, attention and
@@ -65,14 +66,16 @@ class Regions:
             for module in family.modules_at(model, family.connector)
             if module is not head and module is not model.get_input_embeddings()
         ]
-        own = {id(inner) for module in (*towers, *connectors) for inner in module.modules()}
+        # A fused layer reads its norms, a fused model its head, and calls neither.
+        fused = [layer for layer in family.layers_of(model) if is_swapped(layer)]
+        own = {id(inner) for module in (*towers, *connectors, *fused) for inner in module.modules()}
         norms = [module for module in decoder.modules() if _is_norm(module) and id(module) not in own]
         self._places = [
             _Place("decoder", [decoder]),
             _Place("vision", towers),
             _Place("connector", connectors),
             _Place("norms", norms),
-            _Place("head", [] if head is None else [head]),
+            _Place("head", [] if head is None or is_swapped(model) else [head]),
         ]
         self._handles: list = []
         self._running: list[str] = []

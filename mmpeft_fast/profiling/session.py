@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity
 
-from mmpeft_fast.models import FAMILIES, base_model, family_of
+from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.plan.devices import Device
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.profiling.folder import check_folder, write_profile
@@ -152,11 +152,11 @@ def _has_regions(model: nn.Module | None) -> bool:
     """Whether the model is a whole one of a known family."""
     if model is None:
         return False
-    base = base_model(model)
-    known = {name for family in FAMILIES.values() for name in family.model_types}
-    if getattr(getattr(base, "config", None), "model_type", None) not in known:
+    try:
+        family_of(base_model(model))
+    except ValueError:
         return False
-    return hasattr(base, "get_output_embeddings")
+    return True
 
 
 @contextmanager

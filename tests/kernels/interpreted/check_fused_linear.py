@@ -26,9 +26,9 @@ def used(call, name="triton") -> object:
     with provider(name):
         output = as_tuple(fused_linear(*call.arguments(), **call.options))[0]
     node = output.grad_fn
-    while not hasattr(node, "kernels"):
+    while not hasattr(node, "runner"):
         node = node.next_functions[0][0]
-    return node.kernels
+    return node.runner.kernels
 
 
 def stacked(call):
