@@ -39,6 +39,22 @@ TRAINABLE = {
 # Qwen-VL-Chat with the study's settings for it, and the part of them that its script calls the connector.
 QWEN_VL = {"adapter": 201_326_592, "lora": 224_395_264, "ia3": 483_328, "prefix": 5_242_880}
 QWEN_VL_CONNECTOR = 1_244_659_712  # lm_head and wte
+# What the published checkpoints hold; a head that is tied to the embeddings counts once.
+PARAMETERS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "llava-v1.6-vicuna-7b": 7_063_431_168,
+    "llava-v1.6-mistral-7b": 7_566_747_648,
+    "llava-onevision-7b": 8_030_348_832,
+    "qwen2.5-vl-72b": 73_410_777_344,
+}
 CASES = [(size, key, count) for size, counts in TRAINABLE.items() for key, count in counts.items()]
 # Percentages of the study's table 15, frozen and tuned connector.
 PERCENT = {
@@ -79,6 +95,17 @@ def test_trainable_parameters(size, key, expected):
     model = built(size, make_method(name, **dict(settings)))
     assert trained(model) == expected
     assert count(model.model.multi_modal_projector.parameters()) == CONNECTOR[size]
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_parameters_of_published_sizes(size):
+    (config,) = [family.sizes[size]() for family in FAMILIES.values() if size in family.sizes]
+    assert count(empty_model(config).parameters()) == PARAMETERS[size]
+
+
+def test_a_decoder_alone_trains_what_it_trains_inside_llava():
+    model = empty_model(FAMILIES["llama"].sizes["llama-2-7b"]())
+    assert trained(add_peft(model, make_method("lora"))) == TRAINABLE["llava-1.5-7b"][("lora",)]
 
 
 @pytest.mark.parametrize("size", PERCENT)

@@ -4,7 +4,7 @@ The processor's own chat template writes the text and the processor's own tokeni
 tokens are found by character offsets, so merges across words and several turns are exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ IGNORE_INDEX = -100  # what torch's cross-entropy and transformers take as "no t
 class Collator:
     """Turn samples into a batch for training: `Collator(processor)(samples)`.
 
-    processor: a multimodal processor with a chat template, a fast tokenizer and an `image_token`. padding_side: "right"
-    or "left". max_length: longer samples are cut at the end, see `__call__`.
+    processor: a multimodal processor with a chat template, a fast tokenizer and an `image_token`; for models of text
+    alone a fast tokenizer with a chat template. padding_side: "right" or "left". max_length: longer samples are cut at
+    the end, see `__call__`.
 
     Where the chat template ends an answer without any special token (LLaVA-1.5's published one does), the tokenizer's
     end-of-sequence token is added, as the study's Vicuna template has it: else no model could learn to stop.
+    A tokenizer without a padding token (LLaMA's and Mistral's published ones) pads with its end-of-sequence token:
+    padding is masked and carries no label, so any token does.
     """
 
     def __init__(self, processor: Any, *, padding_side: str = "right", max_length: int | None = None) -> None:
-        tokenizer = processor.tokenizer
+        tokenizer = getattr(processor, "tokenizer", processor)
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
         if max_length is not None and max_length < 1:
@@ -37,11 +40,16 @@ class Collator:
             raise ValueError(f"tokenizer: expected a fast one, which knows offsets, got {type(tokenizer).__name__}")
         if not processor.chat_template:
             raise ValueError(f"processor: expected a chat template, {type(processor).__name__} has none")
-        if tokenizer.pad_token_id is None:
-            raise ValueError(f"tokenizer: expected a padding token, {type(tokenizer).__name__} has none")
+        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self._pad_token_id is None:
+            raise ValueError(
+                f"tokenizer: expected a padding or an end-of-sequence token, {type(tokenizer).__name__} has neither"
+            )
         self.processor = processor
+        self.tokenizer = tokenizer
         self.padding_side = padding_side
         self.max_length = max_length
+        self._is_text_only = processor is tokenizer
         self._answer_end = self._missing_end_token()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -50,10 +58,11 @@ class Collator:
         Returns `input_ids`, `attention_mask`, `labels` [B, T] int64 (labels are -100 except on answers and their end
         token, not shifted), what the processor gives for the images (`pixel_values`, for Qwen `image_grid_thw`), per
         token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int `supervised_capacity`,
-        the largest number of next-token targets of a sample, and the bool `right_padded`. Raises ValueError for a
-        sample whose image cannot be decoded, whose text holds an image placeholder of its own, that keeps no label
-        within max_length, or whose image would be cut.
+        the largest number of next-token targets of a sample, and the bool `right_padded`. Raises ValueError as `check`
+        does, and for a sample whose image cannot be decoded, whose text holds an image placeholder of its own, that
+        keeps no label within max_length, or whose image would be cut.
         """
+        self.check(samples)
         texts, answer_spans = [], []
         for sample in samples:
             text, spans = self._render(sample)
@@ -69,12 +78,22 @@ class Collator:
         hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
         return {**batch, **image_inputs, **hints}
 
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raises ValueError where a sample has an image and the model reads text alone; decodes nothing."""
+        for sample in samples:
+            if self._is_text_only and sample.image is not None:
+                raise ValueError(
+                    f"{sample.source}: expected a conversation without an image, as the model reads text alone, "
+                    f"got the image {sample.image}"
+                )
+
     def encode_prompt(self, sample: Sample) -> dict[str, torch.Tensor]:
         """The first question with the generation prompt and no answer, as a batch of one for `model.generate`.
 
         Returns `input_ids`, `attention_mask` [1, T] int64, the image inputs, and `mm_token_type_ids` where the
         processor has them. Raises ValueError as `__call__` does.
         """
+        self.check([sample])
         text = self._template(sample.messages()[:1], add_generation_prompt=True)
         self._check_placeholders(sample, text)
         rows, image_inputs = self._tokenize([sample], [text])
@@ -82,6 +101,10 @@ class Collator:
         return {**self._pad(rows), **image_inputs}
 
     def _template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        if self._is_text_only:  # whose templates take the content as a string
+            messages = [
+                {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
+            ]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def _missing_end_token(self) -> str:
@@ -91,7 +114,7 @@ class Collator:
             {"role": "user", "content": [{"type": "text", "text": "question"}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        tokenizer = self.processor.tokenizer
+        tokenizer = self.tokenizer
         rendered = self._template(messages)
         ending = rendered[rendered.rindex(answer) + len(answer) :]
         if any(token in ending for token in tokenizer.all_special_tokens):
@@ -120,6 +143,8 @@ class Collator:
         return text, spans
 
     def _check_placeholders(self, sample: Sample, text: str) -> None:
+        if self._is_text_only:
+            return
         token = self.processor.image_token
         expected, found = int(sample.image is not None), text.count(token)
         if found != expected:
@@ -127,13 +152,14 @@ class Collator:
 
     def _tokenize(self, samples: Sequence[Sample], texts: list[str]) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Per sample the token-wise lists as tensors [T] (offset_mapping [T, 2]), and the images' inputs."""
-        images = [image for sample in samples if (image := sample.load_image()) is not None]
-        encoded = self.processor(
-            text=texts,
-            images=images or None,
-            text_kwargs={"padding": False, "truncation": False, "return_offsets_mapping": True},
-            images_kwargs={"return_tensors": "pt"},
-        )
+        text_options = {"padding": False, "truncation": False, "return_offsets_mapping": True}
+        if self._is_text_only:  # whose templates write every special token themselves
+            encoded = self.tokenizer(texts, add_special_tokens=False, **text_options)
+        else:
+            images = [image for sample in samples if (image := sample.load_image()) is not None]
+            encoded = self.processor(
+                text=texts, images=images or None, text_kwargs=text_options, images_kwargs={"return_tensors": "pt"}
+            )
         token_wise = [name for name in encoded if isinstance(encoded[name], list)]
         rows = [
             {name: torch.as_tensor(encoded[name][index]) for name in token_wise if name != "token_type_ids"}
@@ -144,10 +170,11 @@ class Collator:
     def _labels(self, row: dict[str, torch.Tensor], text: str, spans: list[tuple[int, int]]) -> torch.Tensor:
         """Labels [T]: the token ids from the first to the last token that touches an answer, else -100."""
         input_ids, (starts, ends) = row["input_ids"], row["offset_mapping"].unbind(dim=1)
-        # Spans were measured before the processor repeated the image placeholder; it stands before every answer.
-        token = self.processor.image_token
-        num_image_tokens = int((input_ids == self.processor.image_token_id).sum())
-        shift = (num_image_tokens - text.count(token)) * len(token)
+        shift = 0
+        if not self._is_text_only:
+            # Spans were measured before the processor repeated the image placeholder; it stands before every answer.
+            token = self.processor.image_token
+            shift = (int(self._is_image(input_ids).sum()) - text.count(token)) * len(token)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         for start, end in spans:
             touched = ((starts < end + shift) & (ends > start + shift)).nonzero()
@@ -156,12 +183,18 @@ class Collator:
             labels[first : last + 1] = input_ids[first : last + 1]
         return labels
 
+    def _is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens stand for image features."""
+        if self._is_text_only:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.processor.image_token_id
+
     def _truncate(self, sample: Sample, row: dict[str, torch.Tensor]) -> None:
         """Cut the row's tensors at max_length in place, unless that would cut the image or every label."""
         length = len(row["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return
-        image_positions = (row["input_ids"] == self.processor.image_token_id).nonzero()
+        image_positions = self._is_image(row["input_ids"]).nonzero()
         image_end = int(image_positions[-1]) + 1 if len(image_positions) else 0
         if image_end > self.max_length:
             raise ValueError(
@@ -179,7 +212,7 @@ class Collator:
 
     def _pad(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Stack rows of unequal length into [B, T], each kind with its own padding value."""
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        padding = {"input_ids": self._pad_token_id, "labels": IGNORE_INDEX}
         return {
             name: pad_sequence(
                 [row[name] for row in rows],

@@ -60,19 +60,21 @@ class Sample:
         return ValueError(f"{self.source}: expected a readable image, but {self.image} cannot be decoded ({error})")
 
 
-def load_conversations(json_path: str | Path, image_folder: str | Path, *, limit: int | None = None) -> list[Sample]:
+def load_conversations(
+    json_path: str | Path, image_folder: str | Path | None = None, *, limit: int | None = None
+) -> list[Sample]:
     """Load LLaVA's conversation JSON (a list) or JSON lines (`.jsonl`), checked entry by entry.
 
-    json_path: the file. image_folder: what each entry's relative `image` is relative to. limit: take only the first
-    entries. Images must exist; they are decoded by the collator. Raises ValueError that names file, entry and id, what
-    was expected and what came.
+    json_path: the file. image_folder: what each entry's relative `image` is relative to, None where no entry has one.
+    limit: take only the first entries. Images must exist; they are decoded by the collator. Raises ValueError that
+    names file, entry and id, what was expected and what came.
     """
-    path, folder = Path(json_path), Path(image_folder)
+    path, folder = Path(json_path), None if image_folder is None else Path(image_folder)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 sample, got {limit}")
     if not path.is_file():
         raise ValueError(f"{path}: expected a conversation file (.json or .jsonl), found no such file")
-    if not folder.is_dir():
+    if folder is not None and not folder.is_dir():
         raise ValueError(f"{folder}: expected the folder of the images, found no such folder")
 
     known_images: set[Path] = set()
@@ -121,7 +123,7 @@ def _parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: expected valid JSON, but {error.msg} at {place}") from error
 
 
-def _parse(entry: Any, where: str, folder: Path, known_images: set[Path]) -> Sample:
+def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path]) -> Sample:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object with id, image and conversations, got {_kind(entry)}")
     if "id" in entry:
@@ -172,11 +174,13 @@ def _parse_turn(turn: Any, index: int, where: str) -> str:
     return text.strip()
 
 
-def _parse_image(name: Any, where: str, folder: Path, known_images: set[Path]) -> Path | None:
+def _parse_image(name: Any, where: str, folder: Path | None, known_images: set[Path]) -> Path | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: expected 'image' to be one relative path, got {_kind(name)}")
+    if folder is None:
+        raise ValueError(f"{where}: expected no 'image', as no image folder was given, got {name!r}")
     image = folder / name
     if image not in known_images:
         if not os.path.isfile(image):

@@ -7,8 +7,8 @@ import json
 import random
 from pathlib import Path
 
+from mmpeft_fast.atomic import write_text
 from mmpeft_fast.data import prompts
-from mmpeft_fast.data.atomic import write_text
 
 SPLITS = ("train", "test")
 

@@ -7,13 +7,25 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.llama import LLAMA
 from mmpeft_fast.models.llava import LLAVA
+from mmpeft_fast.models.llava_next import LLAVA_NEXT
+from mmpeft_fast.models.llava_onevision import LLAVA_ONEVISION
+from mmpeft_fast.models.mistral import MISTRAL
+from mmpeft_fast.models.qwen2 import QWEN2
 from mmpeft_fast.models.qwen2_5_vl import QWEN2_5_VL
 from mmpeft_fast.models.qwen2_vl import QWEN2_VL
+from mmpeft_fast.models.qwen3 import QWEN3
 from mmpeft_fast.models.qwen3_vl import QWEN3_VL
 from mmpeft_fast.models.qwen_vl import QWEN_VL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN_VL)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN_VL),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3),  # text alone
+    )
+}
 
 __all__ = [
     "FAMILIES",
@@ -44,7 +56,7 @@ def family_of(model: nn.Module) -> Family:
     """The family a model belongs to.
 
     Raises:
-        ValueError: unknown model type, or not a model for conditional generation.
+        ValueError: unknown model type, or not the class with its language head.
     """
     model = base_model(model)
     config = getattr(model, "config", None)
@@ -55,7 +67,8 @@ def family_of(model: nn.Module) -> Family:
 
 
 def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, object]:
-    """A real checkpoint and its processor, by local folder or hub name, with SDPA attention.
+    """A real checkpoint and its processor (of text alone: its tokenizer), by local folder or hub name, with SDPA
+    attention.
 
     Raises:
         ValueError: no such model, or not of a known family.
@@ -65,7 +78,7 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
         family = _family_for(config["model_type"], f"model {name_or_path!r}")
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
         processor = family.processor_class.from_pretrained(name_or_path)
-    except (ImportError, OSError, KeyError) as error:
+    except (ImportError, OSError, KeyError, ValueError) as error:
         kind = "folder" if Path(name_or_path).is_dir() else "model name"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a model and its processor from {kind} {name_or_path!r}: {reason}") from error

@@ -13,10 +13,12 @@ from mmpeft_fast.layers.decoder_paths import DecoderPaths
 class Family:
     """One model family of transformers. All paths are dotted names below the model; `*` stands for list entries.
 
+    A family of text alone has neither connector nor vision tower, and a tokenizer for its processor.
+
     Attributes:
         name: key in `FAMILIES`.
-        model_class: the `...ForConditionalGeneration` class.
-        processor_class: what turns text and images into its inputs, loaded with a checkpoint.
+        model_class: the class with the language head (`...ForConditionalGeneration`, for text alone `...ForCausalLM`).
+        processor_class: what turns text and images into its inputs, loaded with a checkpoint (`from_pretrained`).
         model_types: `config.model_type` values that belong to the family.
         decoder: path of the text model (with `rotary_emb`).
         paths: where the decoder keeps its layers, norms and linear sites.
@@ -36,17 +38,17 @@ class Family:
 
     name: str
     model_class: type[PreTrainedModel]
-    processor_class: type[ProcessorMixin]
+    processor_class: type
     model_types: tuple[str, ...]
     decoder: str
-    connector: tuple[str, ...]
-    vision_tower: tuple[str, ...]
     output_class: type
     sizes: Mapping[str, Callable[[], PretrainedConfig]]
     tiny_config: Callable[[int, Callable[[str], int]], PretrainedConfig]
-    tiny_processor: Callable[[PreTrainedTokenizerFast], ProcessorMixin]
+    tiny_processor: Callable[[PreTrainedTokenizerFast], ProcessorMixin | PreTrainedTokenizerFast]
     special_tokens: tuple[str, ...]
     chat_template: str
+    connector: tuple[str, ...] = ()
+    vision_tower: tuple[str, ...] = ()
     paths: DecoderPaths = field(default_factory=DecoderPaths)
     sparse_last_layer: Callable[[PretrainedConfig], bool] = lambda config: True
     method_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -58,6 +60,19 @@ class Family:
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return self.paths.layers_of(self.decoder_of(model))
+
+    def require_connector(self) -> None:
+        """Raises ValueError where `train_connector` has nothing to train."""
+        if not self.connector:
+            raise ValueError(f"family {self.name!r} reads text alone; expected train_connector=False")
+
+    def full_attention(self, model: nn.Module) -> bool:
+        """Whether no layer of the decoder has a sliding window: a query sees every key before it but padding."""
+        config = self.decoder_of(model).config
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types:
+            return set(layer_types) <= {"full_attention"}
+        return getattr(config, "sliding_window", None) is None
 
     def modules_at(self, model: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
         """Modules at `paths`, where a last component `*` means every child."""

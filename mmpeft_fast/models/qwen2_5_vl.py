@@ -8,7 +8,7 @@ from mmpeft_fast.models.qwen2_vl import QWEN2_VL, TINY_PATCH_SIZE, real_text, ti
 
 
 def _config(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool = False
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tower_inner=3420, tied: bool = False
 ) -> Qwen2_5_VLConfig:
     extra = {"max_position_embeddings": 128000, "tie_word_embeddings": tied}
     return Qwen2_5_VLConfig(
@@ -16,7 +16,7 @@ def _config(
         vision_config={
             "depth": 32,
             "hidden_size": 1280,
-            "intermediate_size": 3420,
+            "intermediate_size": tower_inner,
             "num_heads": 16,
             "out_hidden_size": hidden,
         },
@@ -50,7 +50,7 @@ QWEN2_5_VL = replace(
     sizes={
         "qwen2.5-vl-3b": lambda: _config(2048, 11008, 36, 16, 2, 151936, tied=True),
         "qwen2.5-vl-7b": lambda: _config(3584, 18944, 28, 28, 4, 152064),
-        "qwen2.5-vl-72b": lambda: _config(8192, 29568, 80, 64, 8, 152064),
+        "qwen2.5-vl-72b": lambda: _config(8192, 29568, 80, 64, 8, 152064, tower_inner=3456),
     },
     tiny_config=_tiny_config,
 )

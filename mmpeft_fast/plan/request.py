@@ -25,7 +25,8 @@ class Request:
         method: name in `METHODS`; settings: its settings that differ from the study's for the model.
         implementation: frozen (forward and the gradient of the input embeddings), peft (`baseline`) or fused.
         batch_size, seq_len: samples, and tokens a sample with those of its images; without padding.
-        images: images a sample; image_size: pixels a side, where the family takes any.
+        images: images a sample; None is one, or none where the model reads text alone.
+        image_size: pixels a side, where the family takes any.
         supervised_fraction: share of the tokens that carry a label.
         dtype: of the base model. checkpointing: activation checkpointing of the decoder's layers.
         train: parts of the base model that are trained too, of TRAINABLE_PARTS.
@@ -38,7 +39,7 @@ class Request:
     implementation: str = "fused"
     batch_size: int = 1
     seq_len: int = 1024
-    images: int = 1
+    images: int | None = None
     image_size: int | None = None
     supervised_fraction: float = 0.05
     dtype: str = "bf16"
@@ -47,6 +48,8 @@ class Request:
     fp32_adapters: bool = True
 
     def __post_init__(self):
+        if self.images is None:
+            object.__setattr__(self, "images", _usual_images(self.model))
         for name, low in (("batch_size", 1), ("seq_len", 2), ("images", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -68,6 +71,14 @@ class Request:
             ValueError: no such size, and no readable configuration of a known family there.
         """
         return model_config(self.model)
+
+
+def _usual_images(model: str) -> int:
+    try:
+        model_type = model_config(model).model_type
+    except ValueError:
+        return 1  # what is wrong with the model is said where it is read
+    return 1 if any(model_type in family.model_types and family.vision_tower for family in FAMILIES.values()) else 0
 
 
 def model_config(model: str) -> PretrainedConfig:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens a sample, its images' included (default: 1024, tiny: 128)"
     )
-    subject.add_argument("--images", type=int, default=1, metavar="N", help="images a sample (default: 1)")
+    subject.add_argument("--images", type=int, metavar="N", help="images a sample (default: 1, of text models 0)")
     subject.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of an image, where the model takes any (default: 448)"
     )
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace):
     import torch
 
+    from mmpeft_fast.models import FAMILIES
     from mmpeft_fast.plan.request import Request
     from mmpeft_fast.profiling.run import ProfileConfig
     from mmpeft_fast.profiling.subjects import TINY_MODELS
@@ -107,10 +108,13 @@ def _config(args: argparse.Namespace):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = args.images
+    if images is None and tiny:
+        images = 1 if FAMILIES[TINY_MODELS[args.model]].vision_tower else 0
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     request = Request(
         model=args.model, method=args.method, settings=parse_settings(args.set), batch_size=args.batch_size,
-        seq_len=(_TINY_SEQ_LEN if tiny else _SEQ_LEN) if args.seq_len is None else args.seq_len, images=args.images,
+        seq_len=(_TINY_SEQ_LEN if tiny else _SEQ_LEN) if args.seq_len is None else args.seq_len, images=images,
         image_size=_TINY_IMAGE_SIZE if tiny and args.image_size is None else args.image_size,
         supervised_fraction=args.supervised_fraction, dtype=dtype, fp32_adapters=args.fp32_adapters,
     )  # fmt: skip

@@ -94,6 +94,14 @@ def test_bad_entries_are_named(load, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_text_alone_needs_no_folder(load, tmp_path):
+    load([{"conversations": turns(("human", "hi"), ("gpt", "hello"))}])
+    assert load_conversations(tmp_path / "data.json")[0].image is None
+    load([entry()])
+    with pytest.raises(ValueError, match=r"entry 0 \(id '7'\): expected no 'image', as no image folder was given, got"):
+        load_conversations(tmp_path / "data.json")
+
+
 def test_bad_paths_are_named(load, tmp_path, image_folder):
     with pytest.raises(ValueError, match="found no such file"):
         load_conversations(tmp_path / "none.json", image_folder)

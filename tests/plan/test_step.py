@@ -9,6 +9,7 @@ from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.plan.request import Request
 from mmpeft_fast.plan.step import count_step
 from tests.plan.real_step import TINY_IMAGE, measured_step, tiny_config_folder
+from tests.tiny_models import TEXT_FAMILIES, family_method_cases
 
 # A branch of rank 8 takes a launch like one of rank 128, and less time in tests.
 SMALL = {"lora": {"r": 8}, "adapter": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 3}}
@@ -17,6 +18,10 @@ SMALL = {"lora": {"r": 8}, "adapter": {"bottleneck": 8}, "prefix": {"num_virtual
 def request(folder: str, method: str = "lora", **fields) -> Request:
     plain = {"batch_size": 2, "seq_len": 80, "image_size": TINY_IMAGE, "settings": SMALL.get(method, {})}
     return Request(model=folder, method=method, **(plain | fields))
+
+
+def num_images(family: str) -> int:
+    return int(family not in TEXT_FAMILIES)
 
 
 def check_against_real(wanted: Request) -> None:
@@ -35,7 +40,7 @@ def test_llava_equals_a_real_step(tiny_folders, method, implementation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_a_real_step(tiny_folders, family):
-    check_against_real(request(tiny_folders[family], batch_size=1))
+    check_against_real(request(tiny_folders[family], batch_size=1, images=num_images(family)))
 
 
 @pytest.mark.parametrize(
@@ -55,14 +60,14 @@ def test_options_equal_a_real_step(tiny_folders, fields):
     check_against_real(request(tiny_folders["llava"], **fields))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family, method", family_method_cases(METHODS))
 def test_every_family_and_method_counts_on_a_gpu(tiny_folders, family, method):
-    wanted = request(tiny_folders[family], method)
+    wanted = request(tiny_folders[family], method, images=num_images(family))
     gpu = count_step(wanted, "cuda")
     assert gpu.trainable_params > 0 and gpu.saved_bytes > 0 and gpu.peak_bytes > gpu.weight_bytes
     parts = {work.part for work in gpu.works}
-    assert {"vision", "norms", "gemms", "attention", "head", "optimizer"} <= parts
+    assert {"norms", "gemms", "attention", "head", "optimizer"} <= parts
+    assert ("vision" in parts) == bool(num_images(family))
     names = {work.op for work in gpu.works}
     assert "lowrank_gemm" in names and "prologue rms_norm" in names
 
@@ -156,3 +161,8 @@ def test_prefix_of_hf_peft_excludes_checkpointing(tiny_folders):
 def test_a_batch_that_cannot_be_is_refused(tiny_folders, fields, message):
     with pytest.raises(ValueError, match=message):
         count_step(request(tiny_folders["llava"], **fields), "cpu")
+
+
+def test_images_for_a_model_of_text_are_refused(tiny_folders):
+    with pytest.raises(ValueError, match="images: llama reads text alone; expected 0 images a sample"):
+        count_step(request(tiny_folders["llama"], images=1), "cpu")

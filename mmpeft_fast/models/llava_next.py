@@ -1,0 +1,99 @@
+"""LLaVA-NeXT (Liu et al. 2024): an image is seen whole and in tiles, whose features a learned newline ends row by row.
+
+The connector is the projector alone, as in LLaVA's own training; `image_newline` stays frozen like an embedding.
+"""
+
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PretrainedConfig,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
+
+from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.llama import llama_2_text, tiny_text
+from mmpeft_fast.models.llava import CHAT_TEMPLATE
+from mmpeft_fast.models.mistral import text_7b
+
+# Tiles of 32 pixels, of 2 x 2 patches.
+TINY_TILE = 32
+TINY_PATCH_SIZE = 16
+TINY_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+
+
+def _config(text: PretrainedConfig) -> LlavaNextConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=False,
+    )
+
+
+def _tiny_config(vocab_size: int, token_id) -> LlavaNextConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=TINY_TILE,
+        patch_size=TINY_PATCH_SIZE,
+        projection_dim=64,
+    )
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**tiny_text(vocab_size, token_id)),
+        image_token_index=token_id("<image>"),
+        image_grid_pinpoints=TINY_PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
+def _tiny_processor(tokenizer) -> LlavaNextProcessor:
+    side = {"height": TINY_TILE, "width": TINY_TILE}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TINY_TILE}, crop_size=side, image_grid_pinpoints=TINY_PINPOINTS
+    )
+    return LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=TINY_PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+LLAVA_NEXT = Family(
+    name="llava_next",
+    model_class=LlavaNextForConditionalGeneration,
+    processor_class=LlavaNextProcessor,
+    model_types=("llava_next",),
+    decoder="model.language_model",
+    connector=("model.multi_modal_projector",),
+    vision_tower=("model.vision_tower",),
+    output_class=LlavaNextCausalLMOutputWithPast,
+    sizes={
+        "llava-v1.6-vicuna-7b": lambda: _config(LlamaConfig(**llama_2_text(4096, 11008, 32, 32, vocab=32064))),
+        "llava-v1.6-mistral-7b": lambda: _config(text_7b(32064, window=None, rope_theta=1e6)),
+    },
+    tiny_config=_tiny_config,
+    tiny_processor=_tiny_processor,
+    special_tokens=("<image>",),
+    chat_template=CHAT_TEMPLATE,
+)
