@@ -1,14 +1,15 @@
-# make study | test | lint | bench | cpu-bench | sanitize | clean. Each target makes .venv first where it is missing or out of date.
+# make study | test | nightly | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help study test lint bench cpu-bench sanitize clean gpu
+.PHONY: help study test nightly lint bench cpu-bench sanitize clean gpu
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study   the small study: results/study/report.html and results.jsonl"
 	@echo "make test    the tests"
+	@echo "make nightly 500 random combinations of family, method and settings, fused against unfused"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
@@ -32,6 +33,9 @@ study: $(STAMP)
 # Two workers with one thread each: the tests are small, so more threads only fight over the cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+nightly: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
