@@ -322,3 +322,15 @@ def test_tied_embeddings_train_as_one():
     randomize_trainable(model)
     model.lm_head.weight.requires_grad_(True)
     assert_same_training_step(model.train(), tiny_batch("llava"))
+
+
+def test_a_hook_may_change_a_layers_output_in_place():
+    model = add_peft(tiny_model("llava"), LoRA(r=4, alpha=8, dropout=0.0)).train()
+    randomize_trainable(model)
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda _, args, output: output.mul_(1.1))
+    loss, grads = loss_and_grads(model, tiny_batch("llava"))
+    fused_loss, fused_grads = loss_and_grads(fuse(model, strict=True), tiny_batch("llava"))
+    torch.testing.assert_close(fused_loss, loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-6)

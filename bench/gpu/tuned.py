@@ -173,14 +173,9 @@ def installed(folder: Path | None) -> Iterator[None]:
         return
     committed = dispatch.tuned_folder
     dispatch.tuned_folder = lambda: folder
-    _forget()
+    dispatch.read_again()
     try:
         yield
     finally:
         dispatch.tuned_folder = committed
-        _forget()
-
-
-def _forget() -> None:
-    for cached in (dispatch.tables, dispatch.table_named, dispatch._cached_choice):
-        cached.cache_clear()
+        dispatch.read_again()

@@ -69,14 +69,20 @@ def tables() -> dict[str, Table]:
     return found
 
 
-@functools.cache
 def table_named(device_name: str) -> Table | None:
     return tables().get(slug(device_name))
 
 
+@functools.cache
 def table_of(device: torch.device) -> Table | None:
     """The table of a CUDA device, or None."""
     return table_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def read_again() -> None:
+    """Forgets tables and choices, after the folder of tables has changed."""
+    for cached in (tables, table_of, _cached_choice):
+        cached.cache_clear()
 
 
 def choose(op: str, device: torch.device) -> tuple[str, str]:

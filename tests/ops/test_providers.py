@@ -16,7 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A machine with a GPU of some name, and a folder of tables."""
-    caches = (dispatch.tables, dispatch.table_named, dispatch._say_unknown, dispatch._cached_choice)
+    caches = (dispatch.tables, dispatch.table_of, dispatch._say_unknown, dispatch._cached_choice)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(dispatch, "tuned_folder", lambda: tmp_path)
     for cache in caches:
