@@ -30,8 +30,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def _config(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlavaConfig:
-    vision = CLIPVisionConfig(
+def clip_large() -> CLIPVisionConfig:
+    """CLIP ViT-L/14 at 336 pixels (Radford et al. 2021), the tower of LLaVA-1.5 and LLaVA-NeXT."""
+    return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
@@ -40,6 +41,21 @@ def _config(hidden_size: int, intermediate_size: int, num_layers: int, num_heads
         patch_size=14,
         projection_dim=768,
     )
+
+
+def clip_tiny(image_size: int, patch_size: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=64,
+    )
+
+
+def _config(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlavaConfig:
     text = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -50,19 +66,10 @@ def _config(hidden_size: int, intermediate_size: int, num_layers: int, num_heads
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
     )
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, image_seq_length=576)
+    return LlavaConfig(vision_config=clip_large(), text_config=text, image_token_index=32000, image_seq_length=576)
 
 
 def _tiny_config(vocab_size: int, token_id) -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=8,
-        projection_dim=64,
-    )
     text = LlamaConfig(
         hidden_size=256,
         intermediate_size=688,
@@ -76,7 +83,10 @@ def _tiny_config(vocab_size: int, token_id) -> LlavaConfig:
         eos_token_id=token_id("</s>"),
     )
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=token_id("<image>"), image_seq_length=64
+        vision_config=clip_tiny(64, 8),
+        text_config=text,
+        image_token_index=token_id("<image>"),
+        image_seq_length=64,
     )
 
 

@@ -3,8 +3,9 @@
 The connector is the projector alone, as in LLaVA's own training; `image_newline` stays frozen like an embedding.
 """
 
+from dataclasses import replace
+
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -14,9 +15,8 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 
-from mmpeft_fast.models.family import Family
 from mmpeft_fast.models.llama import llama_2_text, tiny_text
-from mmpeft_fast.models.llava import CHAT_TEMPLATE
+from mmpeft_fast.models.llava import CHAT_TEMPLATE, LLAVA, clip_large, clip_tiny
 from mmpeft_fast.models.mistral import text_7b
 
 # Tiles of 32 pixels, of 2 x 2 patches.
@@ -26,18 +26,9 @@ TINY_PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
 def _config(text: PretrainedConfig) -> LlavaNextConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     return LlavaNextConfig(
-        vision_config=vision,
+        vision_config=clip_large(),
         text_config=text,
         image_token_index=32000,
         image_grid_pinpoints=pinpoints,
@@ -46,17 +37,8 @@ def _config(text: PretrainedConfig) -> LlavaNextConfig:
 
 
 def _tiny_config(vocab_size: int, token_id) -> LlavaNextConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=TINY_TILE,
-        patch_size=TINY_PATCH_SIZE,
-        projection_dim=64,
-    )
     return LlavaNextConfig(
-        vision_config=vision,
+        vision_config=clip_tiny(TINY_TILE, TINY_PATCH_SIZE),
         text_config=LlamaConfig(**tiny_text(vocab_size, token_id)),
         image_token_index=token_id("<image>"),
         image_grid_pinpoints=TINY_PINPOINTS,
@@ -79,14 +61,12 @@ def _tiny_processor(tokenizer) -> LlavaNextProcessor:
     )
 
 
-LLAVA_NEXT = Family(
+LLAVA_NEXT = replace(
+    LLAVA,
     name="llava_next",
     model_class=LlavaNextForConditionalGeneration,
     processor_class=LlavaNextProcessor,
     model_types=("llava_next",),
-    decoder="model.language_model",
-    connector=("model.multi_modal_projector",),
-    vision_tower=("model.vision_tower",),
     output_class=LlavaNextCausalLMOutputWithPast,
     sizes={
         "llava-v1.6-vicuna-7b": lambda: _config(LlamaConfig(**llama_2_text(4096, 11008, 32, 32, vocab=32064))),
@@ -94,6 +74,4 @@ LLAVA_NEXT = Family(
     },
     tiny_config=_tiny_config,
     tiny_processor=_tiny_processor,
-    special_tokens=("<image>",),
-    chat_template=CHAT_TEMPLATE,
 )

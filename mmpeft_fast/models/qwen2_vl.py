@@ -9,6 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from mmpeft_fast.models import llama
 from mmpeft_fast.models.family import Family
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -42,35 +43,16 @@ def token_ids(token_id) -> dict[str, int]:
 
 
 def tiny_text(vocab_size: int, token_id, **extra) -> dict:
-    """Text configuration shared by the tiny models: grouped-query attention, head dim 64, mRoPE sections 8, 12, 12."""
-    return {
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
-        "pad_token_id": token_id("<pad>"),
-        "bos_token_id": token_id("<s>"),
-        "eos_token_id": token_id("<|im_end|>"),
-        "tie_word_embeddings": False,
-    } | extra
+    """Text configuration shared by the tiny models: mRoPE sections 8, 12, 12 in heads of 64."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    return llama.tiny_text(vocab_size, token_id, eos_token="<|im_end|>", **{"rope_parameters": rope} | extra)
 
 
 def real_text(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **extra) -> dict:
     """Text configuration of a published size."""
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    } | extra
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    usual = {"max_position_embeddings": 32768, "rope_parameters": rope}
+    return llama.real_text(hidden, inner, layers, heads, kv_heads, vocab, **usual | extra)
 
 
 def _config(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Qwen2VLConfig:
