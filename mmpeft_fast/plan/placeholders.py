@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _aten = torch.ops.aten
@@ -151,9 +151,6 @@ class _GpuFunctions(TorchFunctionMode):
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
             value = func(*args, **{**kwargs, "device": "cpu"})
             return value if _is_index(value) else value.to("meta")
-        if func is torch.take_along_dim and args[0].is_meta:  # checks devices before it dispatches
-            with _disable_current_modes():  # the dispatch mode would keep an index real
-                args = (args[0], args[1].to("meta"), *args[2:])
         return func(*args, **kwargs)
 
 
