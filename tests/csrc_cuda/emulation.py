@@ -74,7 +74,8 @@ def build(folder: Path, toolkit_include: Path, *flags: str) -> ctypes.CDLL:
     for process in processes:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    subprocess.run(["g++", "-shared", *flags, "-o", "emulated.so", *objects], cwd=folder, check=True)
+    # A CUDA build of torch brings the real runtime, whose functions of the same names would come first.
+    subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *flags, "-o", "emulated.so", *objects], cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "emulated.so"))
 
 
