@@ -74,9 +74,12 @@ def test_trainer(family, options, tmp_path):
     trainers = assert_same_training(run)
     evaluated = {how: trainer.evaluate()["eval_loss"] for how, trainer in trainers.items()}
     assert evaluated["callback"] == pytest.approx(evaluated["unfused"], rel=1e-3)
-    logits = {how: trainer.predict(samples(family, 4)).predictions for how, trainer in trainers.items()}
-    shapes = {how: [part.shape for part in (x if isinstance(x, tuple) else (x,))] for how, x in logits.items()}
-    assert shapes["before"] == shapes["unfused"]
+    others = ["past_key_values", "image_hidden_states"]
+    logits = {
+        how: torch.as_tensor(trainer.predict(samples(family, 4), ignore_keys=others).predictions)
+        for how, trainer in trainers.items()
+    }
+    torch.testing.assert_close(logits["callback"], logits["unfused"], rtol=1e-2, atol=1e-2)
 
 
 def test_trainer_in_mixed_precision(tmp_path):
