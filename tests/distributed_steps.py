@@ -7,13 +7,14 @@ import sys
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import LoraConfig, get_peft_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mmpeft_fast import fuse
+from mmpeft_fast.layers.decoder import FusedDecoderLayer
 from tests.tiny_models import randomize_trainable, tiny_batch, tiny_model
 
 
@@ -32,11 +33,14 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 def train(how: str, is_fused: bool, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Three steps; the mean losses and the trained parameters."""
     model = prepared_model(is_fused)
-    if how == "fsdp2":  # as Accelerate wraps it: each decoder layer, then the rest
-        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    if how == "fsdp2":  # `prepare` would come here itself on GPUs
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        model = fsdp2_prepare_model(accelerator, model)
+        assert isinstance(model.get_base_model().model.layers[0], FSDPModule)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if how == "ddp":
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -50,6 +54,8 @@ def train(how: str, is_fused: bool, accelerator: Accelerator) -> dict[str, torch
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean"))
     trained = torch.cat([whole(parameter) for parameter in model.parameters() if parameter.requires_grad])
+    unfused = [layer for layer in model.modules() if isinstance(layer, FusedDecoderLayer) and hasattr(layer, "said")]
+    assert not unfused, "fused layers ran their own forward"
     return {"losses": torch.stack(losses), "trained": trained}
 
 
