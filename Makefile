@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make study   the small study: results/study/report.html and results.jsonl"
 	@echo "make test    the tests"
-	@echo "make nightly 500 random combinations of family, method and settings, fused against unfused"
+	@echo "make nightly 504 random combinations of family, method and settings, fused against unfused"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"

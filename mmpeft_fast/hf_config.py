@@ -16,7 +16,7 @@ from torch import nn
 from mmpeft_fast.layers.plan import LINEAR_ROLES, NORM_ROLES, PARTS
 from mmpeft_fast.methods import IA3, Adapter, LayerNorm, LoRA, Method, Prefix
 from mmpeft_fast.models import Family, family_of
-from mmpeft_fast.peft_model import part_modules
+from mmpeft_fast.peft_model import layer_roles, part_modules
 
 ADAPTER_TYPE = "MMPEFT_ADAPTER"
 _OTHERWISE = "PeftModel.from_pretrained and fuse take it as it is"
@@ -66,9 +66,13 @@ def hf_config(model: nn.Module, method: Method, *, parts: Collection[str] = ()) 
 
     Returns:
         HF PEFT's configuration; an `AdapterConfig` for an Adapter.
+
+    Raises:
+        ValueError: the method names a role that the family lacks.
     """
     family = family_of(model)
     plan = method.plan(family.paths.roles)
+    layer_roles(family, plan)
     modules_to_save = part_names(model, family, {*plan.parts, *parts}) or None
     if isinstance(method, LoRA):
         return LoraConfig(

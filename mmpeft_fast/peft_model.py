@@ -80,7 +80,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
             "(load_pretrained)"
         )
     layers = family.layers_of(model)
-    sites = {role: [paths.at(layer, role) for layer in layers] for role in _layer_roles(family, plan)}
+    sites = {role: [paths.at(layer, role) for layer in layers] for role in layer_roles(family, plan)}
     for role in (*plan.branches, *plan.scales):
         for linear in sites[role]:
             if not isinstance(linear, PeftLinear) and type(linear) is not nn.Linear:
@@ -116,7 +116,8 @@ def study_method(model: nn.Module, name: str, **overrides) -> Method:
     return make_method(name, **dict(family_of(model).method_settings.get(name, {})) | overrides)
 
 
-def _layer_roles(family: Family, plan: Plan) -> list[str]:
+def layer_roles(family: Family, plan: Plan) -> list[str]:
+    """The roles of a decoder layer that a plan touches. Raises ValueError where the family lacks one."""
     wanted = [*plan.branches, *plan.scales, *(role for role in plan.gains if role != "final_norm")]
     unknown, known = [role for role in wanted if role not in family.paths.roles], list(family.paths.roles)
     if unknown:

@@ -8,6 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # The default run draws the same examples every time; the nightly one (`make nightly`) draws many others.
-hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, database=None)
-hypothesis.settings.register_profile("nightly", max_examples=500, print_blob=True)
+hypothesis.settings.register_profile("default", max_examples=7, derandomize=True, database=None)
+hypothesis.settings.register_profile("nightly", max_examples=84, print_blob=True)
 hypothesis.settings.load_profile("default")
