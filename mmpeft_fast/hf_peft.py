@@ -65,9 +65,10 @@ def _read_ia3(module: PeftIA3Linear) -> LinearSite:
 
 
 def _read_ln_tuning(module: LNTuningLayer) -> NormSite:
-    check_untouched(module)
     names = [] if _inactive(module) else [name for name in module.active_adapters if name in module.ln_tuning_layers]
-    return read_norm(module.ln_tuning_layers[names[0]] if names else module.base_layer)
+    norm = module.ln_tuning_layers[names[0]] if names else module.base_layer
+    check_untouched(norm)  # it is read, not called
+    return read_norm(norm)
 
 
 @functools.cache

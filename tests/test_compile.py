@@ -72,16 +72,21 @@ def test_dynamo_alone():
     assert_same_step(model, compiled(model, "eager")[0], tiny_batch("llama") | HINTS)
 
 
+def assert_step_as_close(model, graph, batch):
+    """The graph's loss and gradients are as close to float64's as those without a compiler."""
+    (loss, grads), (graph_loss, graph_grads) = step(model, batch), step(graph, batch)
+    truth_loss, truth = step(copy.deepcopy(model).double(), batch)
+    assert_as_close_as_eager(graph_loss, loss, truth_loss, "loss")
+    for name, grad in grads.items():
+        assert_as_close_as_eager(graph_grads[name], grad, truth[name], name)
+
+
 def test_inductor():
     model = lora(num_layers=1)
     batch = tiny_batch("llama") | HINTS
     with torch._inductor.config.patch(fallback_random=True):  # eager's seeds, hence its masks
         graph, _ = compiled(model, "inductor")
-        (loss, grads), (graph_loss, graph_grads) = step(model, batch), step(graph, batch)
-    truth_loss, truth = step(copy.deepcopy(model).double(), batch)
-    assert_as_close_as_eager(graph_loss, loss, truth_loss, "loss")
-    for name, grad in grads.items():
-        assert_as_close_as_eager(graph_grads[name], grad, truth[name], name)
+        assert_step_as_close(model, graph, batch)
 
 
 def test_seeds_change_masks_and_compile_nothing():
@@ -115,11 +120,7 @@ def test_without_hints_all_positions_are_computed():
     model = lora(dropout=0.0)
     graph, _ = compiled(model)
     batch = tiny_batch("llama")
-    (loss, grads), (graph_loss, graph_grads) = step(model, batch), step(graph, batch)
-    truth_loss, truth = step(copy.deepcopy(model).double(), batch)
-    assert_as_close_as_eager(graph_loss, loss, truth_loss, "loss")
-    for name, grad in grads.items():
-        assert_as_close_as_eager(graph_grads[name], grad, truth[name], name)
+    assert_step_as_close(model, graph, batch)
 
 
 def test_lengths_compile_once_more():

@@ -13,6 +13,7 @@ from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.sites import Unfusable, read_linear
 from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
+from mmpeft_fast.ops.segments import Segment
 
 # Above this share of supervised positions gathering saves too little to be worth its copies.
 _SPARSE_SHARE = 0.75
@@ -126,15 +127,21 @@ class FusedCausalLM(Swapped):
         return self.output_class(loss=loss, **{k: v for k, v in fields.items() if v is not None})
 
     def _head_loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None) -> Tensor:
-        try:
-            site = read_linear(self.lm_head)
-        except Unfusable:
-            site = None
-        if site is not None and not site.segment.branches and site.segment.out_scale is site.in_scale is None:
-            return linear_cross_entropy(hidden, site.segment.weight, targets, bias=site.segment.bias, count=count)
+        head = _plain_head(self.lm_head)
+        if head is not None:
+            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, count=count)
         # An adapted, wrapped or hooked head computes its own logits; they are few.
         logits = self.lm_head(hidden).float()
         total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / (
             (targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device)
         )
+
+
+def _plain_head(module: nn.Module) -> Segment | None:
+    """The head's weight and bias where they are all of it: no branches, no scales, nothing that a call would do."""
+    try:
+        segment, in_scale = read_linear(module)
+    except Unfusable:
+        return None
+    return None if segment.branches or segment.out_scale is not None or in_scale is not None else segment
