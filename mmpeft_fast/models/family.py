@@ -61,6 +61,11 @@ class Family:
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return self.paths.layers_of(self.decoder_of(model))
 
+    @property
+    def usual_images(self) -> int:
+        """Images a sample where nobody says how many: one, or none where the model reads text alone."""
+        return 1 if self.vision_tower else 0
+
     def require_connector(self) -> None:
         """Raises ValueError where `train_connector` has nothing to train."""
         if not self.connector:

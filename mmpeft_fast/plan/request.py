@@ -78,7 +78,7 @@ def _usual_images(model: str) -> int:
         model_type = model_config(model).model_type
     except ValueError:
         return 1  # what is wrong with the model is said where it is read
-    return 1 if any(model_type in family.model_types and family.vision_tower for family in FAMILIES.values()) else 0
+    return next(family.usual_images for family in FAMILIES.values() if model_type in family.model_types)
 
 
 def model_config(model: str) -> PretrainedConfig:

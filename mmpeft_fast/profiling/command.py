@@ -110,7 +110,7 @@ def _config(args: argparse.Namespace):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     images = args.images
     if images is None and tiny:
-        images = 1 if FAMILIES[TINY_MODELS[args.model]].vision_tower else 0
+        images = FAMILIES[TINY_MODELS[args.model]].usual_images
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     request = Request(
         model=args.model, method=args.method, settings=parse_settings(args.set), batch_size=args.batch_size,
