@@ -16,6 +16,7 @@ from setuptools import find_packages, setup
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
+HOST_SOURCES = ["csrc/registration.cpp", "csrc/module.cpp", "csrc/snapshot.cpp"]
 # Ampere and newer; sm_90a has the instructions of Hopper alone (wgmma, setmaxnreg).
 NVCC_FLAGS = [
     "-O3", "-std=c++20", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
@@ -51,7 +52,7 @@ def build_options() -> dict:
             link_flags += sanitizers
         return (CUDAExtension if cuda_sources else CppExtension)(
             "mmpeft_fast._C",
-            ["csrc/registration.cpp", "csrc/module.cpp", *_sources("csrc/cpu", "cpp"), *cuda_sources],
+            [*HOST_SOURCES, *_sources("csrc/cpu", "cpp"), *cuda_sources],
             include_dirs=[str(ROOT)],
             depends=[path.as_posix() for path in (ROOT / "csrc").rglob("*.h")],
             extra_compile_args={"cxx": flags, **({"nvcc": NVCC_FLAGS} if cuda_sources else {})},
@@ -95,6 +96,10 @@ def _without_extension(reason: str) -> dict:
 setup(
     packages=find_packages(include=["mmpeft_fast", "mmpeft_fast.*"]) + find_packages("kernels"),
     package_dir={"mmpeft_fast": "mmpeft_fast", "mmpeft_kernels": "kernels/mmpeft_kernels"},
-    package_data={"mmpeft_fast.study": ["*.css"], "mmpeft_kernels": ["*.json", "tuned/*.json"]},
+    package_data={
+        "mmpeft_fast.study": ["*.css"],
+        "mmpeft_fast.layers": ["*.json"],
+        "mmpeft_kernels": ["*.json", "tuned/*.json"],
+    },
     **build_options(),
 )

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/cpu/kernels.h"
+#include "csrc/snapshot.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mmpeft-fast.";
@@ -31,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
         throw pybind11::value_error(message + ", got " + name);
       },
       "Changes it, for the whole process; speed changes, and results by no more than rounding.");
+  mmpeft::register_snapshot(m);
 }

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmpeft_fast import hf_peft
 from mmpeft_fast.layers.class_swap import is_swapped
-from mmpeft_fast.layers.decoder import read_layer
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.reading import read_layer
 from mmpeft_fast.layers.sites import Unfusable, check_forward, read_norm
 from mmpeft_fast.models import Family, base_model, family_of
 
@@ -111,7 +111,9 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
     found = [
         Candidate("decoder layers", names[id(layer)], layer, _why_no_layer(layer, paths, layers)) for layer in layers
     ]
-    found.append(Candidate("final norm", names[id(norm)], norm, _reason(norm, read_norm)))
+    found.append(
+        Candidate("final norm", names[id(norm)], norm, _reason(norm, lambda norm: read_norm(norm, is_called=True)))
+    )
     found.append(Candidate("head and loss", type(base).__name__, base, _reason(base)))
     for module in family.modules_at(base, family.vision_tower):
         found.append(Candidate("vision tower", names[id(module)], module, _reason(module)))

@@ -16,7 +16,8 @@ from mmpeft_fast.layers.sites import (
     LinearSite,
     NormSite,
     Unfusable,
-    check_untouched,
+    check_bypassed,
+    read_dropout,
     read_linear,
     read_norm,
     register_linear,
@@ -26,6 +27,9 @@ from mmpeft_fast.ops.segments import Branch
 
 
 def _inactive(module) -> bool:
+    """Whether a tuner layer is its base layer at this moment."""
+    if module.disable_adapters and module.merged:
+        raise Unfusable("its adapters are merged and disabled; calling it takes them out of the weights")
     return module.disable_adapters or module.merged
 
 
@@ -42,8 +46,11 @@ def _read_lora(module: PeftLoraLinear) -> LinearSite:
         if module.fan_in_fan_out:
             raise Unfusable(f"LoRA adapter {name!r} is stored transposed; expected fan_in_fan_out=False")
         down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
-        check_untouched(down, up, module.lora_dropout[name])
-        dropout = getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
+        for linear in (down, up):
+            if type(linear) is not nn.Linear:
+                raise Unfusable(f"LoRA adapter {name!r} has a {type(linear).__name__}; expected torch.nn.Linear")
+            check_bypassed(linear, "linear")
+        dropout = read_dropout(module.lora_dropout[name])
         branches.append(Branch(down.weight, up.weight, scaling, dropout=dropout))
         if up.bias is not None:
             extra = (scaling * up.bias).to(site.segment.weight.dtype)
@@ -65,18 +72,18 @@ def _read_ia3(module: PeftIA3Linear) -> LinearSite:
 
 
 def _read_ln_tuning(module: LNTuningLayer) -> NormSite:
-    names = [] if _inactive(module) else [name for name in module.active_adapters if name in module.ln_tuning_layers]
-    norm = module.ln_tuning_layers[names[0]] if names else module.base_layer
-    check_untouched(norm)  # it is read, not called
-    return read_norm(norm)
+    names = [] if _inactive(module) else module.active_adapters
+    if len(names) > 1 or any(name not in module.ln_tuning_layers for name in names):
+        raise Unfusable(f"LN-tuning has the active adapters {names}; expected one that it has")
+    return read_norm(module.ln_tuning_layers[names[0]] if names else module.base_layer)
 
 
 @functools.cache
 def register_readers() -> None:
     """Lets `read_linear` and `read_norm` understand HF PEFT's layers."""
-    register_linear(PeftLoraLinear, _read_lora)
-    register_linear(PeftIA3Linear, _read_ia3)
-    register_norm(LNTuningLayer, _read_ln_tuning)
+    register_linear(PeftLoraLinear, _read_lora, "lora_linear")
+    register_linear(PeftIA3Linear, _read_ia3, "ia3_linear")
+    register_norm(LNTuningLayer, _read_ln_tuning, "ln_tuning")
 
 
 class _PeftPrefix:

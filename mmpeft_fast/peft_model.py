@@ -39,6 +39,7 @@ _FUSE_ATTRIBUTES = (
     "keep_logits",
     "output_class",
     "paths",
+    "reading",
     "said",
     "sparse_last_layer",
 )

@@ -8,14 +8,14 @@ x2           = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
 """
 
 import logging
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
-from mmpeft_fast.layers.sites import LinearSite, NormSite, Unfusable, check_untouched, read_linear, read_norm
+from mmpeft_fast.layers.reading import check_arguments, sites_of
+from mmpeft_fast.layers.sites import Unfusable, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
 from mmpeft_fast.ops.dropout import draw_seed
@@ -24,57 +24,6 @@ from mmpeft_fast.ops.rms_norm import rms_norm
 from mmpeft_fast.ops.rows import take_rows
 
 _logger = logging.getLogger(__name__)
-
-
-class LayerSites(NamedTuple):
-    """What a decoder layer is made of at this moment. `head_norms`: of q and k, None where there are none."""
-
-    input_norm: NormSite
-    projections: list[LinearSite]
-    head_norms: list[NormSite | None]
-    o: LinearSite
-    post_attention_norm: NormSite
-    gate: LinearSite
-    up: LinearSite
-    down: LinearSite
-
-
-def read_layer(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
-    """Reads a decoder layer as `FusedDecoderLayer` computes it.
-
-    Raises:
-        Unfusable: the layer's own computation is another one.
-    """
-    attn = paths.attention_of(layer)
-    if paths.activation is not None:
-        activation = type(layer.get_submodule(paths.activation)).__name__
-        if activation not in ("SiLU", "SiLUActivation"):
-            raise Unfusable(f"its activation is {activation}; expected SiLU")
-    if getattr(attn, "attention_dropout", 0.0):
-        raise Unfusable(f"its attention dropout is {attn.attention_dropout}; expected 0")
-    config = getattr(attn, "config", None)
-    if getattr(config, "sliding_window", None) and "flash" in (getattr(config, "_attn_implementation", None) or ""):
-        raise Unfusable(
-            "its window is known to transformers' flash attention alone; expected attn_implementation='sdpa'"
-        )
-    check_untouched(*(layer.get_submodule(path) for path in paths.containers))
-
-    def norm(module: nn.Module) -> NormSite:
-        check_untouched(module)
-        return read_norm(module)
-
-    sites = LayerSites(
-        input_norm=norm(paths.at(layer, "input_norm")),
-        projections=[read_linear(paths.at(layer, role)) for role in paths.projections],
-        head_norms=[norm(getattr(attn, name)) if hasattr(attn, name) else None for name in ("q_norm", "k_norm")],
-        o=read_linear(paths.at(layer, "o")),
-        post_attention_norm=norm(paths.at(layer, "post_attention_norm")),
-        **{role: read_linear(paths.at(layer, role)) for role in ("gate", "up", "down")},
-    )
-    for names, together in (("q, k, v", sites.projections), ("gate, up", [sites.gate, sites.up])):
-        if any(site.in_scale is not together[0].in_scale for site in together):
-            raise Unfusable(f"{names} share an input but not its scale; expected one input scale or none")
-    return sites
 
 
 class FusedDecoderLayer(Swapped):
@@ -112,7 +61,8 @@ class FusedDecoderLayer(Swapped):
         x, paths = hidden_states, self.paths
         rows = supervised_rows if self.is_tail else None
         try:
-            sites = read_layer(self, paths)
+            sites = sites_of(self, paths)
+            check_arguments(paths.attention_of(self), attention_mask, x.shape[1], kwargs)
         except Unfusable as reason:
             self._check_own_forward(reason)
             query = {} if query_scale is None else {"query_scale": query_scale}
@@ -126,8 +76,7 @@ class FusedDecoderLayer(Swapped):
         mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
 
         # One draw a layer; `stream` keeps the masks of its four calls apart.
-        linears = (*projections, o, gate, up, down)
-        draws = any(branch.dropout > 0.0 for site in linears for branch in site.segment.branches)
+        draws = any(branch.dropout > 0.0 for site in sites.linears for branch in site.segment.branches)
         seed = draw_seed(x.device) if draws else None
 
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
@@ -200,7 +149,7 @@ class FusedDecoderLayer(Swapped):
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)
         k = transform_heads(raw[1], k_how, cos, sin, head_dim, head_eps)
         v = transform_heads(raw[2], v_how, None, None, head_dim, head_eps)
-        k, v = cache.update(k, v, self.cache_idx)
+        k, v = cache.update(k, v, getattr(attn, "layer_idx", self.cache_idx))
         causal = mask is None and q.shape[2] > 1
         out = concat_prefix_attention(q, k, v, scale=scale, mask=mask, causal=causal, prefix=prefix)
         return out.transpose(1, 2).flatten(-2)
@@ -216,8 +165,6 @@ def full_mask(mask: Tensor | None, num_queries: int) -> Tensor | None:
     implementations are given) is combined with causality."""
     if mask is None or mask.dim() == 4:
         return mask
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise ValueError(f"fuse: expected an attention mask of 2 or 4 dimensions or none, got {type(mask).__name__}")
     keys = mask.shape[1]
     causal = torch.ones(num_queries, keys, dtype=torch.bool, device=mask.device).tril_(keys - num_queries)
     return causal[None, None] & mask.bool()[:, None, None, :]
@@ -228,7 +175,7 @@ class FusedRMSNorm(Swapped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         try:
-            gain, eps = read_norm(self)
+            gain, eps = read_norm(self, is_called=True)
         except Unfusable:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, gain, eps)

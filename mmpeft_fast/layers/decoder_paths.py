@@ -49,6 +49,10 @@ class DecoderPaths:
         """Modules between a layer and its sites (attention, MLP)."""
         return tuple(dict.fromkeys(path.rpartition(".")[0] for path in self.roles.values() if "." in path))
 
+    def container_role(self, path: str) -> str:
+        """What the forward of a container is known as (`layers.known`)."""
+        return "attention" if path == self.attention else "mlp"
+
     def layers_of(self, decoder: nn.Module) -> list[nn.Module]:
         return list(decoder.get_submodule(self.layers))
 

@@ -7,7 +7,7 @@ they would not move at the learning rates of LayerNorm-tuning (2e-4).
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.class_swap import subclass
-from mmpeft_fast.layers.sites import read_norm
+from mmpeft_fast.layers.sites import read_norm, read_rms_norm
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.norms import rms_norm_ref
 
@@ -16,7 +16,7 @@ class WideGain:
     """Mixin for transformers' RMSNorms: the result has the input's dtype, not that of a wider gain."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm_ref(hidden_states, *read_norm(self))
+        return rms_norm_ref(hidden_states, *read_rms_norm(self))
 
 
 def train_gain(norm: nn.Module) -> None:
@@ -25,7 +25,7 @@ def train_gain(norm: nn.Module) -> None:
     Raises:
         ValueError: not an RMSNorm.
     """
-    read_norm(norm)
+    read_norm(norm, is_called=True)
     wide = accumulate_dtype(norm.weight.dtype)
     if norm.weight.dtype != wide:
         norm.weight = nn.Parameter(norm.weight.detach().to(wide))

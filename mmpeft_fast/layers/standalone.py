@@ -279,4 +279,4 @@ def _check(name: str, setting: str, value: object, is_right: bool, expected: str
 
 
 for _kind in (LoRALinear, IA3Linear, AdapterLinear):
-    register_linear(_kind, read_peft_linear)
+    register_linear(_kind, read_peft_linear, "peft_linear")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.models.family import Family
 from mmpeft_fast.models.llama import LLAMA
 from mmpeft_fast.models.llava import LLAVA
@@ -63,6 +64,8 @@ def family_of(model: nn.Module) -> Family:
     family = _family_for(getattr(config, "model_type", type(model).__name__), type(model).__name__)
     if not isinstance(model, family.model_class) and not family.is_publishers(model):
         raise ValueError(f"expected a {family.model_class.__name__}, got {type(model).__name__}")
+    if not issubclass(own_class(model), family.model_class):
+        family.vouch(model)
     return family
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from mmpeft_fast.layers import known
+from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 
 
@@ -60,6 +63,16 @@ class Family:
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return self.paths.layers_of(self.decoder_of(model))
+
+    def vouch(self, model: nn.Module) -> None:
+        """Takes the classes of a publisher's layers as known: `is_publishers` has recognised them by their parts."""
+        for layer in self.layers_of(model):
+            known.accept(own_class(layer), "decoder_layer")
+            for path in self.paths.containers:
+                known.accept(type(attrgetter(path)(layer)), self.paths.container_role(path))
+            for role in ("input_norm", "post_attention_norm"):
+                known.accept(type(self.paths.at(layer, role)), "rms_norm")
+        known.accept(own_class(self.paths.norm_of(self.decoder_of(model))), "rms_norm")
 
     @property
     def usual_images(self) -> int:

@@ -1,0 +1,93 @@
+"""Writes `layers/known.json`: what the installed libraries ship, for every family and every kind of tuner layer.
+
+    python -m mmpeft_fast.shipped            # adds what is new; run the tests before you commit it
+    python -m mmpeft_fast.shipped --check    # exit code 1 where something is missing
+
+A layer whose classes are in the table is fused on the word of the tests that compare it with the unfused one: so an
+entry is added only where those pass under the library versions that it names.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from torch import nn
+
+from mmpeft_fast.atomic import write_text
+from mmpeft_fast.fusion import candidates
+from mmpeft_fast.layers import known
+from mmpeft_fast.models import FAMILIES, Family, empty_model
+
+_LINEARS = r".*\.(q|k|v|o|gate|up|down)_proj"
+_NORMS = r".*\.(input_layernorm|post_attention_layernorm|norm)"
+
+
+def _model(family: Family) -> nn.Module:
+    ids = itertools.count()
+    return empty_model(family.tiny_config(512, lambda token: next(ids)), dtype=torch.float32)
+
+
+def learn() -> dict[str, dict[str, list[str]]]:
+    """kind -> digest -> "class, library version" of everything that the fused code may bypass."""
+    configs = (
+        LoraConfig(r=2, target_modules=_LINEARS, lora_dropout=0.1),
+        LoraConfig(r=2, target_modules=_LINEARS),
+        IA3Config(target_modules=_LINEARS, feedforward_modules=r".*\.down_proj"),
+        LNTuningConfig(target_modules=_NORMS),
+    )
+    with known.learning() as learnt:
+        known.judge_class(nn.SiLU, "silu")
+        for family in FAMILIES.values():
+            candidates(_model(family), family)
+        llama = FAMILIES["llama"]
+        for config in configs:
+            candidates(get_peft_model(_model(llama), config), llama)
+    versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
+    table: dict[str, dict[str, list[str]]] = {}
+    for (kind, digest), classes in sorted(learnt.items()):
+        libraries = sorted({name.partition(".")[0] for name in classes})
+        release = [f"{library} {versions[library].partition('+')[0]}" for library in libraries]
+        table.setdefault(kind, {})[digest] = [*release, *sorted(classes)]
+    return table
+
+
+def merged(table: dict, new: dict) -> dict:
+    """Both tables; where both have a digest, the versions and classes of both."""
+    both = {kind: dict(digests) for kind, digests in table.items()}
+    for kind, digests in new.items():
+        for digest, names in digests.items():
+            both.setdefault(kind, {})[digest] = sorted({*both.get(kind, {}).get(digest, ()), *names})
+    return {kind: dict(sorted(digests.items())) for kind, digests in sorted(both.items())}
+
+
+def missing(table: dict, new: dict) -> list[str]:
+    """What is installed and not in the table."""
+    return [
+        f"{kind}: {', '.join(names)}"
+        for kind, digests in new.items()
+        for digest, names in digests.items()
+        if digest not in table.get(kind, {})
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something is missing")
+    arguments = parser.parse_args()
+    table, new = known.table(), learn()
+    absent = missing(table, new)
+    print("\n".join(absent) or "known.json has everything that is installed")
+    if not arguments.check:
+        path = Path(known.__file__).with_name(known.TABLE)
+        write_text(path, json.dumps(merged(table, new), indent=1) + "\n")
+    return 1 if arguments.check and absent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
