@@ -111,9 +111,7 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
     found = [
         Candidate("decoder layers", names[id(layer)], layer, _why_no_layer(layer, paths, layers)) for layer in layers
     ]
-    found.append(
-        Candidate("final norm", names[id(norm)], norm, _reason(norm, lambda norm: read_norm(norm, is_called=True)))
-    )
+    found.append(Candidate("final norm", names[id(norm)], norm, _why_no_norm(norm)))
     found.append(Candidate("head and loss", type(base).__name__, base, _reason(base)))
     for module in family.modules_at(base, family.vision_tower):
         found.append(Candidate("vision tower", names[id(module)], module, _reason(module)))
@@ -142,6 +140,10 @@ def _why_no_layer(layer: nn.Module, paths: DecoderPaths, layers: list[nn.Module]
     if len(devices) > 1:
         return f"its parameters lie on {', '.join(devices)}; expected one device"
     return _reason(layer, lambda layer: read_layer(layer, paths))
+
+
+def _why_no_norm(norm: nn.Module) -> str | None:
+    return _reason(norm, lambda norm: read_norm(norm, is_called=True))
 
 
 def _reason(module: nn.Module, read: Callable[[nn.Module], object] | None = None) -> str | None:

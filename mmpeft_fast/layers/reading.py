@@ -1,7 +1,7 @@
 """Reading a decoder layer: what it is made of, and whether its own computation is the one that fused code does.
 
-A reading is taken once and trusted as long as nothing that it looked at has changed (`layers.snapshot`): no attribute of
-the layer or of a module below it, no hook, no class, no function that the library's code calls, no attention
+A reading is taken once and trusted as long as nothing that it looked at has changed (`layers.snapshot`): no attribute
+of the layer or of a module below it, no hook, no class, no function that the library's code calls, no attention
 implementation.
 """
 
@@ -29,7 +29,7 @@ from mmpeft_fast.layers.sites import (
 )
 from mmpeft_fast.layers.snapshot import Lookup
 
-# Attention functions of transformers, by the name under which a configuration asks for them, and where they are shipped.
+# Attention functions of transformers: the name under which a configuration asks for them, and the module of each.
 _ATTENTION_FUNCTIONS = {
     "sdpa": "transformers.integrations.sdpa_attention",
     "flash_attention_2": "transformers.integrations.flash_attention",
