@@ -118,7 +118,7 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
     if hf_peft.has_prefix(model):
         found.append(Candidate(PREFIX, type(model).__name__, model, _why_no_prefix(found, family.full_attention(base))))
     # Whatever else carries adapters of HF PEFT is no part of the fused computation.
-    inside = {id(inner) for layer in layers for role in paths.roles for inner in paths.at(layer, role).modules()}
+    inside = {id(inner) for layer in layers for site in paths.sites_in(layer) for inner in site.modules()}
     for fqn, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and id(module) not in inside and module is not norm:
             reason = "outside the decoder's linear layers and norms"

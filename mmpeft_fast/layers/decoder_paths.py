@@ -62,6 +62,11 @@ class DecoderPaths:
     def attention_of(self, layer: nn.Module) -> nn.Module:
         return getattr(layer, self.attention)
 
+    def sites_in(self, layer: nn.Module) -> list[nn.Module]:
+        """The modules that play a role in `layer`, as far as it has them."""
+        named = dict(layer.named_modules())
+        return [named[path] for path in self.roles.values() if path in named]
+
     def at(self, layer: nn.Module, role: str) -> nn.Module:
         """The module that plays `role` in `layer`."""
         return attrgetter(self.roles[role])(layer)

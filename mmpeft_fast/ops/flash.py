@@ -46,6 +46,16 @@ def _kernel(q: Tensor, mask: Tensor | None) -> str:
     return "math"
 
 
+def _unseen_share(mask: Tensor, lse: Tensor) -> Tensor:
+    """What the gradient of each query's output [B, H, Tq, 1] has to be multiplied by: 1, but 1 / n for a query whose
+    row of an additive mask is the dtype's most negative number at n keys and nowhere more (eager attention's mask at
+    padding). Such a number absorbs the scores, so the query attends to those n keys alike; it absorbs log n in the
+    log-sum-exp as well, so the kernels' backward takes exp(s - lse) = 1 for every key, not 1 / n."""
+    most = mask.amax(-1, keepdim=True)
+    absorbs = (most < -1 / torch.finfo(lse.dtype).eps ** 2) & torch.isfinite(most) & (lse[..., None] <= most / 2)
+    return torch.where(absorbs, 1 / (mask == most).sum(-1, keepdim=True), 1.0)
+
+
 def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
@@ -112,6 +122,8 @@ def flash_backward(
     """dq, dk, dv in the shapes of q, k, v; `result` may hold the out and lse of a softmax over further keys."""
     out, lse, extra = result
     kernel = _kernel(q, mask)
+    if mask is not None and mask.dtype != torch.bool:
+        dout = (dout * _unseen_share(additive_mask(mask, q.dtype).to(lse.dtype), lse)).to(dout.dtype)
     if kernel == "cpu":
         bias = additive_mask(mask, q.dtype)
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
