@@ -65,9 +65,8 @@ class Collator:
         token, and on what `loss` adds, not shifted), what the processor gives for the images (`pixel_values`, for Qwen
         `image_grid_thw`), per token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int
         `supervised_capacity`, the largest number of next-token targets of a sample, and the bool `right_padded`. Raises
-        ValueError as `check` does, and for a sample whose image cannot be decoded, whose text holds an image placeholder
-        of its own, that
-        keeps no label within max_length, or whose image would be cut.
+        ValueError as `check` does, and for a sample whose image cannot be decoded, whose text holds an image
+        placeholder of its own, that keeps no answer within max_length, or whose image would be cut.
         """
         self.check(samples)
         texts, answer_spans = [], []

@@ -183,7 +183,7 @@ def test_logn_goes_by_the_column(short, fused):
 
 def test_a_prompt_in_chunks_is_refused(short):
     model = copy.deepcopy(short).eval()
-    with pytest.raises(ValueError, match="expected prefill_chunk_size=None, as dynamic NTK depends .* got 4"):
+    with pytest.raises(ValueError, match=r"expected prefill_chunk_size=None, as dynamic NTK depends .* got 4"):
         model.generate(input_ids=random_text(20)[None], prefill_chunk_size=4)
 
 

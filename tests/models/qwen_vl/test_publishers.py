@@ -276,7 +276,7 @@ def test_gradient_checkpointing_after_fuse_and_not_before(pair):
 def test_methods_of_the_publishers_time_do_not_reach_transformers(pair):
     """Its `_set_gradient_checkpointing(module, value)` and `_reorder_cache` of tuples: layers really checkpoint, and
     beams are found as with this package's model."""
-    theirs, ours = pair
+    theirs, _ = pair
 
     class Dated(QWenLMHeadModel):
         def _set_gradient_checkpointing(self, module, value=False):
