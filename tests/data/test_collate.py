@@ -74,7 +74,7 @@ def test_padding_side_moves_tokens_and_changes_none(processor, samples):
 
 
 def test_prompt_is_the_training_text_up_to_the_first_answer(processor, samples):
-    collator = Collator(processor)
+    collator = Collator(processor, loss="answers")
     for sample in samples:
         batch = collator([sample])
         prompt = collator.encode_prompt(sample)
