@@ -1,4 +1,4 @@
-"""Samples to a padded batch with labels on the answers only.
+"""Samples to a padded batch with labels on the answers, or on what the publisher's fine-tuning counts.
 
 The processor's own chat template writes the text and the processor's own tokenizer splits it, once per sample; answer
 tokens are found by character offsets, so merges across words and several turns are exact.
@@ -22,7 +22,8 @@ class Collator:
 
     processor: a multimodal processor with a chat template, a fast tokenizer and an `image_token`; for models of text
     alone a fast tokenizer with a chat template. padding_side: "right" or "left". max_length: longer samples are cut at
-    the end, see `__call__`.
+    the end, see `__call__`. loss: "answers", or "publisher", which is the same but where the processor knows more
+    (`publisher_loss`): Qwen-VL-Chat's fine-tuning and the study's count the turns' markers too.
 
     Where the chat template ends an answer without any special token (LLaVA-1.5's published one does), the tokenizer's
     end-of-sequence token is added, as the study's Vicuna template has it: else no model could learn to stop.
@@ -30,10 +31,14 @@ class Collator:
     padding is masked and carries no label, so any token does.
     """
 
-    def __init__(self, processor: Any, *, padding_side: str = "right", max_length: int | None = None) -> None:
+    def __init__(
+        self, processor: Any, *, padding_side: str = "right", max_length: int | None = None, loss: str = "publisher"
+    ) -> None:
         tokenizer = getattr(processor, "tokenizer", processor)
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
+        if loss not in ("publisher", "answers"):
+            raise ValueError(f"loss: expected 'publisher' or 'answers', got {loss!r}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
         if not tokenizer.is_fast:
@@ -49,6 +54,7 @@ class Collator:
         self.tokenizer = tokenizer
         self.padding_side = padding_side
         self.max_length = max_length
+        self._more_loss = getattr(processor, "publisher_loss", None) if loss == "publisher" else None
         self._is_text_only = processor is tokenizer
         self._answer_end = self._missing_end_token()
 
@@ -56,11 +62,11 @@ class Collator:
         """Collate B samples into a batch.
 
         Returns `input_ids`, `attention_mask`, `labels` [B, T] int64 (labels are -100 except on answers and their end
-        token, not shifted), what the processor gives for the images (`pixel_values`, for Qwen `image_grid_thw`), per
-        token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int `supervised_capacity`,
-        the largest number of next-token targets of a sample, and the bool `right_padded`. Raises ValueError as `check`
-        does, and for a sample whose image cannot be decoded, whose text holds an image placeholder of its own, that
-        keeps no label within max_length, or whose image would be cut.
+        token, and on what `loss` adds, not shifted), what the processor gives for the images (`pixel_values`, for Qwen
+        `image_grid_thw`), per token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int
+        `supervised_capacity`, the largest number of next-token targets of a sample, and the bool `right_padded`. Raises
+        ValueError as `check` does, and for a sample whose image cannot be decoded, whose text holds an image
+        placeholder of its own, that keeps no answer within max_length, or whose image would be cut.
         """
         self.check(samples)
         texts, answer_spans = [], []
@@ -73,6 +79,9 @@ class Collator:
             row["labels"] = self._labels(row, text, spans)
             row.pop("offset_mapping")
             self._truncate(sample, row)
+            if self._more_loss is not None:
+                counted = self._more_loss(row["input_ids"], row["labels"] != IGNORE_INDEX)
+                row["labels"] = torch.where(counted, row["input_ids"], IGNORE_INDEX)
         batch = self._pad(rows)
         capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
         hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}

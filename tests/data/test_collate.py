@@ -35,7 +35,7 @@ def end_token(processor):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_labels_are_the_answers_and_their_end_tokens(processor, samples, side):
-    batch = Collator(processor, padding_side=side)(samples)
+    batch = Collator(processor, padding_side=side, loss="answers")(samples)
     tokenizer = processor.tokenizer
     for sample, labels, input_ids, mask in zip(
         samples, batch["labels"], batch["input_ids"], batch["attention_mask"], strict=True
@@ -74,7 +74,7 @@ def test_padding_side_moves_tokens_and_changes_none(processor, samples):
 
 
 def test_prompt_is_the_training_text_up_to_the_first_answer(processor, samples):
-    collator = Collator(processor)
+    collator = Collator(processor, loss="answers")
     for sample in samples:
         batch = collator([sample])
         prompt = collator.encode_prompt(sample)
@@ -146,10 +146,10 @@ def test_a_llama_style_tokenizer_gives_the_same_labels(samples):
 
 def test_long_samples_are_cut_but_never_image_or_all_labels(processor, samples):
     one, three, _ = samples
-    full = Collator(processor)([three])
+    full = Collator(processor, loss="answers")([three])
     runs = (full["labels"][0] != IGNORE_INDEX).nonzero().squeeze(1)
     length = full["input_ids"].shape[1]
-    cut = Collator(processor, max_length=int(runs[0]) + 2)([one, three])
+    cut = Collator(processor, loss="answers", max_length=int(runs[0]) + 2)([one, three])
     assert torch.equal(cut["input_ids"][1, : int(runs[0]) + 2], full["input_ids"][0, : int(runs[0]) + 2])
     assert cut["input_ids"].shape[1] == int(runs[0]) + 2
     assert cut["labels"].shape == cut["attention_mask"].shape == cut["input_ids"].shape
@@ -157,12 +157,12 @@ def test_long_samples_are_cut_but_never_image_or_all_labels(processor, samples):
     with pytest.raises(
         ValueError, match=rf"begin within max_length {int(runs[0])}, .* token {int(runs[0]) + 1} of {length}"
     ):
-        Collator(processor, max_length=int(runs[0]))([three])
+        Collator(processor, loss="answers", max_length=int(runs[0]))([three])
     image_end = int((full["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
     with pytest.raises(
         ValueError, match=rf"image to end within max_length {image_end - 1}, it ends at token {image_end}"
     ):
-        Collator(processor, max_length=image_end - 1)([three])
+        Collator(processor, loss="answers", max_length=image_end - 1)([three])
 
 
 def test_placeholders_in_the_users_text_are_refused(processor, samples):

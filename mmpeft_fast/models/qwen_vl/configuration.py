@@ -10,7 +10,8 @@ class QwenVLVisionConfig(PretrainedConfig):
         image_size, patch_size: pixels a side.
         width, layers, heads, mlp_ratio: of the tower; the inner width of its MLP is int(width * mlp_ratio).
         output_dim: the decoder's hidden size; the resampler has heads of 128.
-        num_queries: learned queries of the resampler = ids of an image span; a square number.
+        num_queries: learned queries of the resampler = ids of an image span; a square number. The publisher's key is
+            `n_queries`.
         image_start_id: id of `<img>`; `</img>` and `<imgpad>` follow.
     """
 
@@ -28,8 +29,10 @@ class QwenVLVisionConfig(PretrainedConfig):
         output_dim: int = 4096,
         num_queries: int = 256,
         image_start_id: int = 151857,
+        n_queries: int | None = None,
         **kwargs,
     ):
+        num_queries = num_queries if n_queries is None else n_queries
         if image_size % patch_size or width % heads or output_dim % 128 or round(num_queries**0.5) ** 2 != num_queries:
             raise ValueError(
                 "QwenVLVisionConfig: expected an image of whole patches, a width of whole heads, output_dim a multiple "
@@ -45,7 +48,7 @@ class QwenVLVisionConfig(PretrainedConfig):
 def visual_setting(config: PretrainedConfig, name: str) -> int:
     """A setting of the vision part, also from the publisher's own configuration class, which keeps a plain dict."""
     visual = config.visual
-    return {"num_queries": 256, **visual}[name] if isinstance(visual, dict) else getattr(visual, name)
+    return getattr(QwenVLVisionConfig(**visual) if isinstance(visual, dict) else visual, name)
 
 
 class QwenVLConfig(PretrainedConfig):

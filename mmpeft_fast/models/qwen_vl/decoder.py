@@ -29,7 +29,7 @@ class QwenVLRMSNorm(nn.Module):
 
 
 class QwenVLRotaryEmbedding(nn.Module):
-    """Rotation of whole heads, and the log-n scale of queries that belongs to the same positions."""
+    """Rotation of whole heads, and the log-n scale of queries."""
 
     def __init__(self, dim: int, base: float):
         super().__init__()
@@ -37,18 +37,25 @@ class QwenVLRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, position_ids: Tensor, ntk_alpha: float = 1.0, logn_length: int | None = None
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        ntk_alpha: float = 1.0,
+        columns: Tensor | None = None,
+        logn_length: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Cosines and sines [B, T, DH] in x's dtype, and with `logn_length` n the scales max(1, log_n(position + 1))
-        [B, T, 1] of the queries. position_ids: [B, T]; ntk_alpha: the base is multiplied by alpha^(DH / (DH - 2))."""
+        """Cosines and sines [B, T, DH] in x's dtype, and with `columns` [1, T] the scales max(1, log_n(column + 1))
+        [1, T, 1] of the queries, n = `logn_length`. The publisher scales by the column in the padded batch, cached keys
+        included, whatever the positions are. position_ids: [B, T]; ntk_alpha: the base is multiplied by
+        alpha^(DH / (DH - 2))."""
         wide = accumulate_dtype(x.dtype)
         base = self.base * ntk_alpha ** (self.dim / (self.dim - 2))
         inv_freq = base ** (-torch.arange(0, self.dim, 2, device=x.device, dtype=wide) / self.dim)
         angles = position_ids[..., None].to(wide) * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         scale = None
-        if logn_length is not None:
-            scale = (torch.log(position_ids[..., None].to(wide) + 1) / math.log(logn_length)).clamp(min=1.0)
+        if columns is not None:
+            scale = (torch.log(columns[..., None].to(wide) + 1) / math.log(logn_length)).clamp(min=1.0)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype), scale
 
 

@@ -51,6 +51,14 @@ def path_of(span: Sequence[int], pad_id: int) -> str:
     return path
 
 
+def opaque(image: Image.Image) -> Image.Image:
+    """The RGB image as the publisher converts it: alpha is dropped. What PIL keeps of a transparent colour goes too,
+    since CLIP's processor would composite on white by it."""
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)
+    return image
+
+
 def read_image(path: str) -> Image.Image:
     """The decoded RGB image.
 
@@ -59,6 +67,6 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return opaque(image)
     except _DECODE_ERRORS as error:
         raise ValueError(f"Qwen-VL: expected a readable image, but {path} cannot be decoded ({error})") from error

@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,6 +17,16 @@ from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig, visual_settin
 from mmpeft_fast.models.qwen_vl.decoder import QwenVLDecoderLayer, QwenVLRMSNorm, QwenVLRotaryEmbedding
 from mmpeft_fast.models.qwen_vl.images import image_processor, path_of, read_image
 from mmpeft_fast.models.qwen_vl.vision import QwenVLResampler, QwenVLVision, sincos_positions
+
+
+def stop_at_turn_ends(settings: GenerationConfig | None) -> None:
+    """Adds `<|im_end|>` and `<|im_start|>` to the ends of a ChatML model's generation, in place.
+
+    The publisher's settings name `<|endoftext|>` alone; its `chat` stops at the two, whose ids follow.
+    """
+    if getattr(settings, "chat_format", None) == "chatml" and isinstance(settings.eos_token_id, int):
+        end_of_text = settings.eos_token_id
+        settings.eos_token_id = [end_of_text, end_of_text + 2, end_of_text + 1]
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
@@ -100,8 +110,9 @@ class QwenVLModel(QwenVLPreTrainedModel):
             past_key_values = DynamicCache()
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
+        columns = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
         if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+            position_ids = columns
         mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -113,7 +124,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
             inputs_embeds,
             position_ids=position_ids,
             ntk_alpha=self._ntk_alpha(length, past_length, past_key_values),
-            logn_length=config.seq_length if config.use_logn_attn and not self.training else None,
+            columns=columns if config.use_logn_attn and not self.training else None,
+            logn_length=config.seq_length,
         )
         hidden, kept = inputs_embeds, ()
         for layer in self.h:
@@ -207,6 +219,34 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers' own; the published chat model then stops where the publisher's `chat` stops."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        stop_at_turn_ends((loaded[0] if isinstance(loaded, tuple) else loaded).generation_config)
+        return loaded
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As transformers' own.
+
+        Raises:
+            ValueError: a prompt in chunks, whose dynamic NTK factor would be the first chunk's.
+        """
+        settings = self.generation_config if generation_config is None else generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if chunk is not None and self.config.use_dynamic_ntk:
+            raise ValueError(
+                "Qwen-VL: expected prefill_chunk_size=None, as dynamic NTK depends on the whole prompt's length, "
+                f"got {chunk}"
+            )
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    @staticmethod
+    def _reorder_cache(past_key_values, beam_idx: Tensor):
+        """Beam search: transformers asks for it where a class has one, and the publisher's takes tuples."""
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
 
     @can_return_tuple
     def forward(

@@ -4,13 +4,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig
-from mmpeft_fast.models.qwen_vl.images import image_processor, path_bytes, read_image
-from mmpeft_fast.models.qwen_vl.tokenizer import IMAGE_END, IMAGE_PAD, IMAGE_START, VOCABULARY_FILE, load_tokenizer
+from mmpeft_fast.models.qwen_vl.images import image_processor, opaque, path_bytes, read_image
+from mmpeft_fast.models.qwen_vl.tokenizer import (
+    IMAGE_END,
+    IMAGE_PAD,
+    IMAGE_START,
+    VOCABULARY_FILE,
+    load_tokenizer,
+    normalised,
+)
 
 _SPAN = re.compile(f"{IMAGE_START}(.*?){IMAGE_END}", re.DOTALL)
 
@@ -63,7 +72,8 @@ class QwenVLProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("QwenVLProcessor: expected a text, got none")
-        texts = [text] if isinstance(text, str) else list(text)
+        # The publisher normalises the whole text, paths included.
+        texts = [normalised(one) for one in ([text] if isinstance(text, str) else text)]
         inner = [[span.replace(IMAGE_PAD, "") for span in _SPAN.findall(one)] for one in texts]
         paths = [path for spans in inner for path in spans]
         images = self._images(None if images is None else list(_flat(images)), paths)
@@ -78,6 +88,7 @@ class QwenVLProcessor(ProcessorMixin):
         if replaced:
             data["text_replacement_offsets"] = [_replacements(one, len(filled)) for one in texts]
         if images:
+            images = [opaque(image) if isinstance(image, Image.Image) else image for image in images]
             data |= self.image_processor(images, **{"return_tensors": return_tensors, **(images_kwargs or {})})
         tensors = {name: value for name, value in data.items() if name != "text_replacement_offsets"}
         result = BatchFeature(tensors, tensor_type=return_tensors)
@@ -105,6 +116,31 @@ class QwenVLProcessor(ProcessorMixin):
             if path:
                 data = path_bytes(path, self.num_queries)
                 ids[start + 1 : start + 1 + len(data)] = data
+
+    def decode(self, token_ids, *args, **kwargs) -> str:
+        """As the tokenizer's, but a span shows the path that it holds: `<img>PATH</img>`."""
+        ids, shown = [int(token) for token in token_ids], []
+        while self.image_start_id in ids:
+            start = ids.index(self.image_start_id)
+            end = start + 1 + self.num_queries
+            span = [token for token in ids[start + 1 : end] if token != self.image_token_id]
+            if not all(token < 256 for token in span):
+                break
+            shown += ids[: start + 1] + self.tokenizer(bytes(span).decode(errors="replace"))["input_ids"]
+            ids = ids[end:]
+        return self.tokenizer.decode(shown + ids, *args, **kwargs)
+
+    def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
+        return [self.decode(ids, *args, **kwargs) for ids in sequences]
+
+    def publisher_loss(self, input_ids: Tensor, answers: Tensor) -> Tensor:
+        """Which tokens [T] count in the publisher's fine-tuning, from those that belong to answers: these, and in every
+        turn both ChatML markers and the newline behind it."""
+        start, end = (
+            input_ids == token for token in self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        )
+        behind = torch.cat((torch.zeros_like(end[:1]), end[:-1]))
+        return answers | start | end | behind
 
     @property
     def model_input_names(self) -> list[str]:

@@ -5,6 +5,7 @@ lowest rank first, so the merges are all splits of each token into two tokens, i
 """
 
 import base64
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,25 +34,34 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML. What the publisher's and the study's fine-tuning count in the loss of an assistant's turn is inside
-# `generation`: both markers, the newline after the role, and the text. An image part is `<img>PATH</img>`, or a
-# placeholder where it has no path.
+# ChatML. What the publisher's and the study's fine-tuning count in the loss is inside `generation`: of every turn both
+# markers and the newline behind it, and an assistant's text; not the role, nor the newline after it. The very first
+# marker is nobody's next token and stays outside. An image part is
+# `<img>PATH</img>`, or a placeholder where it has no path.
+_START = "{% generation %}<|im_start|>{% endgeneration %}"
+_END = "{% generation %}<|im_end|>{{ '\\n' }}{% endgeneration %}"
 CHAT_TEMPLATE = (
     "{% set images = namespace(count=0) %}"
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant." + _END + "{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}<|im_start|>{% endgeneration %}assistant{% generation %}{{ '\n' }}"
+    "{% if loop.first and message['role'] == 'system' %}<|im_start|>{% else %}"
+    + _START
+    + "{% endif %}{{ message['role'] }}{{ '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "<|im_end|>{% endgeneration %}{{ '\n' }}"
-    "{% else %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{% set images.count = images.count + 1 %}"
     "Picture {{ images.count }}: <img>{{ part['path'] if part['path'] is string else '<imgpad>' }}</img>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}" + _END + "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def normalised(text: str) -> str:
+    """NFC, as the publisher's tokenizer begins; halves of surrogate pairs are joined, alone they become U+FFFD."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unicodedata.normalize("NFC", whole)
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:

@@ -162,15 +162,18 @@ def test_loads_a_published_folder(form, vocabulary, tmp_path):
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
     config = model.config.to_dict()
     keys = {name: config[name] for name in PUBLISHED_CONFIG if name in config}
-    visual = {name: config["visual"][name] for name in (*PUBLISHED_CONFIG["visual"], "num_queries")}
+    visual = {name: config["visual"][name] for name in PUBLISHED_CONFIG["visual"]} | {"n_queries": 16}
     published = PUBLISHED_CONFIG | keys | {"visual": visual, "torch_dtype": "float32"}
     published["architectures"] = ["QWenLMHeadModel"]
     (tmp_path / "config.json").write_text(json.dumps(published))
+    settings = {"chat_format": "chatml", "eos_token_id": 151643, "pad_token_id": 151643, "max_new_tokens": 512}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     (tmp_path / "qwen.tiktoken").write_bytes(vocabulary.path.read_bytes())
 
     loaded, processor = load_pretrained(str(tmp_path), dtype=torch.float32)
     assert isinstance(loaded, QwenVLForConditionalGeneration) and isinstance(processor, QwenVLProcessor)
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert loaded.generation_config.eos_token_id == [151643, 151645, 151644]
     assert processor.num_queries == 16 and loaded.config._attn_implementation == "sdpa"
 
 

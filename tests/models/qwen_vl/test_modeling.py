@@ -171,8 +171,25 @@ def test_fused_generation_beyond_the_training_length(short):
     assert torch.equal(fuse(model).generate(input_ids=ids, attention_mask=mask, **options), eager)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_logn_goes_by_the_column(short, fused):
+    """Whatever the positions are, as the publisher's: rotation is relative, so shifted positions change nothing."""
+    model, ids = copy.deepcopy(short).eval(), random_text(20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model = fuse(model) if fused else model
+        assert_exact(model(input_ids=ids, position_ids=torch.arange(20)[None] + 30).logits, expected)
+
+
+def test_a_prompt_in_chunks_is_refused(short):
+    model = copy.deepcopy(short).eval()
+    with pytest.raises(ValueError, match=r"expected prefill_chunk_size=None, as dynamic NTK depends .* got 4"):
+        model.generate(input_ids=random_text(20)[None], prefill_chunk_size=4)
+
+
 def test_left_padding_changes_nothing(short):
     model, ids = copy.deepcopy(short).eval(), random_text(20)
+    model.config.use_logn_attn = False  # it goes by the column
     model.config.use_dynamic_ntk = False  # its prompt length is the padded one
     padded = torch.cat([torch.full((5,), token_id("<pad>")), ids])[None]
     mask = (torch.arange(25) >= 5).long()[None]

@@ -16,6 +16,8 @@ from mmpeft_fast.models.qwen_vl.images import image_processor, path_of
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
 
+TURN = "<|im_start|><|im_end|>\n"  # what counts of a turn whose text does not
+
 # 5.17 lacks both, 5.23 has them; no version between was tried.
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 
@@ -132,15 +134,62 @@ def test_chat_with_images_and_loss_mask(processor, image):
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     counted = [i for i, one in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if one]
-    assert processor.tokenizer.decode(counted) == "<|im_start|>\nab<|im_end|>"
+    assert processor.tokenizer.decode(counted) == "<|im_end|>\n" + TURN + "<|im_start|>ab<|im_end|>\n"
     assert np.asarray(encoded["pixel_values"]).shape == (1, 3, 448, 448)
 
 
 def test_collator(processor, image, tmp_path):
     image.save(tmp_path / "a.png")
     sample = Sample(id="0", questions=("<image>\nis it?",), answers=("ab é",), image=tmp_path / "a.png")
-    batch = Collator(processor, padding_side="left")([sample, Sample(id="1", questions=("ab?",), answers=("no",))])
+    samples = [sample, Sample(id="1", questions=("ab?",), answers=("no",))]
+    batch = Collator(processor, padding_side="left", loss="answers")(samples)
     answers = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert answers == ["ab é<|im_end|>", "no<|im_end|>"]
     assert batch["pixel_values"].shape == (1, 3, 448, 448)
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [256, 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_publishers_loss_is_the_collators_default(processor, side):
+    sample = Sample(id="0", questions=("ab?", "and?"), answers=("ab é", "no"))
+    for options in ({}, {"loss": "publisher"}):
+        batch = Collator(processor, padding_side=side, **options)([sample])
+        counted = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != IGNORE_INDEX])
+        assert counted == TURN + TURN + "<|im_start|>ab é<|im_end|>\n" + TURN + "<|im_start|>no<|im_end|>\n"
+        assert batch["supervised_capacity"] == (batch["labels"][0, 1:] != IGNORE_INDEX).sum()
+    with pytest.raises(ValueError, match="expected 'publisher' or 'answers', got 'all'"):
+        Collator(processor, loss="all")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_alpha_is_dropped_whichever_way_an_image_comes_in(processor, mode, tmp_path):
+    noise = np.random.default_rng(1).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(noise, "RGBA") if mode == "RGBA" else Image.fromarray(noise[..., :2], "LA")
+    if mode == "RGB":  # with one colour that counts as transparent
+        image = Image.fromarray(noise[..., :3] // 128)
+        image.info["transparency"] = (1, 1, 1)
+    if mode == "P":
+        image = Image.fromarray(noise[..., :3]).quantize(16)
+        image.info["transparency"] = 3
+    image.save(tmp_path / "a.png", transparency=image.info.get("transparency"))
+    for images, inner in ((image, ""), (None, tmp_path / "a.png")):
+        pixels = processor(images, f"<img>{inner}</img>", return_tensors="pt")["pixel_values"]
+        np.testing.assert_allclose(pixels[0].numpy(), expected_pixels(image, 448), rtol=0, atol=2e-6)
+
+
+def test_paths_are_normalised_and_lone_surrogates_replaced(processor, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image.save("é.png")
+    decomposed, composed = (processor(None, f"<img>{name}.png</img>")["input_ids"] for name in ("e\u0301", "é"))
+    assert decomposed == composed
+    assert processor(text="a\ud800b")["input_ids"] == processor(text="a\ufffdb")["input_ids"]
+    assert processor(text="\ud83d\ude00")["input_ids"] == processor(text="😀")["input_ids"]
+
+
+def test_decoding_shows_the_path(processor, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image.save("ä 日本.png")
+    for name in ("ä 日本.png", ""):
+        text = f"ab <img>{name}</img>\nis it?"
+        ids = processor(None if name else image, text, return_tensors="pt")["input_ids"]
+        assert processor.decode(ids[0]) == text and processor.batch_decode(ids) == [text]

@@ -273,6 +273,47 @@ def test_gradient_checkpointing_after_fuse_and_not_before(pair):
         torch.testing.assert_close(results[1][1][parameter], grad)
 
 
+def test_methods_of_the_publishers_time_do_not_reach_transformers(pair):
+    """Its `_set_gradient_checkpointing(module, value)` and `_reorder_cache` of tuples: layers really checkpoint, and
+    beams are found as with this package's model."""
+    theirs, _ = pair
+
+    class Dated(QWenLMHeadModel):
+        def _set_gradient_checkpointing(self, module, value=False):
+            raise AssertionError("the publisher's convention")
+
+        @staticmethod
+        def _reorder_cache(past_key_values, beam_idx):
+            raise AssertionError("the publisher's convention")
+
+    theirs.__class__ = Dated
+    fuse(theirs).gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in theirs.transformer.h)
+    theirs.gradient_checkpointing_disable()
+    ids = torch.randint(first_text_token(), 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = [model.double().eval().generate(input_ids=ids, **options) for model in pair]
+    assert torch.equal(*generated)
+
+
+def test_weights_that_are_not_known_to_be_the_checkpoints_are_refused(pair, tmp_path):
+    theirs, ours = pair
+    ours.save_pretrained(tmp_path)
+    theirs.config.name_or_path = str(tmp_path)
+    weight = theirs.transformer.h[1].attn.c_proj.weight
+    weight.data.neg_()
+    with pytest.raises(ValueError, match=r"with QwenVLForConditionalGeneration\.from_pretrained"):
+        fuse(theirs)
+    assert not any(is_swapped(module) for module in theirs.modules())
+    weight.data.neg_()
+    assert is_fused(fuse(theirs))
+    unfuse(theirs)
+    theirs.config.name_or_path = ""
+    theirs.transformer.rotary_emb.inv_freq = torch.empty(3, device="meta")
+    with pytest.raises(ValueError, match="not known to be from it"):
+        fuse(theirs)
+
+
 def test_what_cannot_work_is_refused(pair):
     theirs, ours = pair
     with pytest.raises(ValueError, match="QWenLMHeadModel cannot see a prefix; expected a QwenVLForConditional"):

@@ -116,24 +116,12 @@ def test_chat_template(tokenizer):
 
 
 def test_loss_mask_of_the_chat_template(tokenizer):
-    """An assistant's turn counts but for the role's name; the newline behind a turn and the user's text do not."""
+    """The publisher's: markers and the newline behind every turn, an assistant's text, no newline after a role."""
     encoded = tokenizer.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    role = tokenizer("assistant")["input_ids"]
-    expected, turn = [], []
-    for position, token in enumerate(ids):
-        if token == start:
-            turn = [position]
-        elif turn:
-            turn.append(position)
-        if token == end:
-            counts = ids[turn[1] : turn[1] + len(role)] == role
-            expected += [i for i in turn if not turn[1] <= i < turn[1] + len(role)] if counts else []
-            turn = []
-    assert [i for i, counted in enumerate(mask) if counted] == expected
-    assert tokenizer.decode([ids[i] for i in expected]) == (
-        "<|im_start|>\nab\n\nab<|im_end|><|im_start|>\naa<|im_end|>"
+    counted = [i for i, one in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if one]
+    turn = "<|im_start|><|im_end|>\n"
+    assert tokenizer.decode(counted) == (
+        f"<|im_end|>\n{turn}<|im_start|>ab\n\nab<|im_end|>\n{turn}<|im_start|>aa<|im_end|>\n"
     )
 
 
