@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench.gpu import checks, command, gemms, judge, model_cases, models, op_times, peers, step_times, tuned, tuning
+from bench.gpu import checks, command, gemms, judge, model_cases, models, op_times, peers, step_times, tuning
 from bench.gpu.budget import Budget
 from bench.gpu.build import Build
 from bench.gpu.kernel_cases import kernel_cases
@@ -21,7 +21,6 @@ from bench.gpu.timing import interleaved_ms
 from bench.gpu.tunables import TUNABLES, Problem
 from bench.gpu.workers import run_items
 from mmpeft_fast.ops import dispatch, kernels_torch
-from mmpeft_fast.ops.dispatch import Table
 from mmpeft_fast.ops.fused_linear import fused_linear_ref
 from mmpeft_fast.ops.segments import Branch, Segment
 from tests.closeness import assert_exact
@@ -149,78 +148,6 @@ def test_an_ops_section_writes_rows_and_table(tmp_path, monkeypatch):
     assert rows[-1]["case"] == "nothing" and "KeyError" in rows[-1]["error"]
     assert (tmp_path / "tuned" / "nvidia-test-gpu.json").exists()
     assert "ops: 7 rows, 0 cases not run" in lines[-1]
-
-
-def tile_rows(kernel, times, problem, dtype="bf16"):
-    sizes = TUNABLES[kernel].sizes(problem)
-    return [{"kernel": kernel, "dtype": dtype, "sizes": sizes, "tile": tile, "p50_ms": time} for tile, time in times]
-
-
-def test_table_of_measured_rows_is_what_dispatch_reads(tmp_path):
-    small, large = Problem("llama-7b", "qkv", 4096, 16), Problem("qwen2.5-7b", "qkv", 4000, 16)
-    assert dispatch.bucket(torch.bfloat16, **TUNABLES["prologue"].sizes(small)) == "bf16 m4096 k4096 r64"
-    one, two = ({"block_m": 32, "block_n": n, "num_warps": 4, "num_stages": 2} for n in (64, 128))
-    rows = tile_rows("prologue", [(None, 2.0), (one, 1.5), (two, 1.0), ("torch", 9.0)], small)
-    rows += tile_rows("prologue", [(None, 2.0), (one, 1.0), (two, 3.0)], large)
-    rows += tile_rows("ddown", [(None, 1.0), (one, 0.995)], small)
-    library = [("torch", 1.2), ("bare", 1.0), ("layout", 1.1), ("cuda", 0.1)]
-    rows += tile_rows("lowrank_gemm fwd", [(None, 1.05), (one, 1.0), *library], small)
-    rows += tile_rows("lowrank_gemm_gluon fwd", [(None, 0.95), (two, 0.9), *library], small)
-    rows += tile_rows("lowrank_gemm dx", [(one, 1.3), ("torch", 1.0), ("bare", 1.0)], small)
-    fwd, dx, bucket = "fwd bf16 m4096 n16384 k4096 r16", "dx bf16 m4096 n4096 k16384 r1", "bf16 m4096 n16384 k4096 r16"
-    assert tuned.gemm_ways(rows, set()) == {fwd: "gluon", dx: "composite"}
-    assert tuned.gemm_ways(rows, {"gemm:gluon"})[fwd] == "triton"
-    assert tuned.gemm_ways(rows, {"gemm:gluon", "gemm:triton"})[fwd] == "layout"
-    tiles = {"prologue": {"bf16 m4096 k4096 r64": one}}
-    assert tuned.tiles(rows, {fwd: "gluon"}) == tiles | {"lowrank_gemm fwd": {bucket: two}}
-    assert tuned.tiles(rows, {fwd: "triton"}) == tiles | {"lowrank_gemm fwd": {bucket: one}}
-    assert tuned.tiles(rows, {fwd: "layout", dx: "composite"}) == tiles
-    table = Table(
-        device="NVIDIA H100 80GB HBM3", source="x", providers={"fused_linear": "triton"}, gemm={fwd: "gluon"},
-        tiles=tuned.tiles(rows, {fwd: "gluon"}),
-    )  # fmt: skip
-    path = tuned.write_table(tmp_path / "tuned", table)
-    assert path.name == "nvidia-h100-80gb-hbm3.json"
-    before = dispatch.tables()
-    with tuned.installed(path.parent):
-        assert dispatch.table_named("NVIDIA H100 80GB HBM3") == table
-    assert dispatch.tables() == before
-
-
-def test_a_provider_is_chosen_only_proven_and_faster():
-    def rows(op, times_ms, name="triton"):
-        return [
-            {"op": op, "case": str(i), "mode": "eager", "implementation": which, "p50_ms": time}
-            for i, own in enumerate(times_ms)
-            for which, time in ((name, own), ("torch", 1.0))
-        ]
-
-    names = ["torch", "triton", "cuda"]
-    measured = rows("fused_linear", [0.5, 1.04]) + rows("attention", [0.5, 1.2]) + rows("rms_norm", [1.02])
-    measured += rows("fused_linear", [0.4, 0.5], "cuda")
-    chosen = {"fused_linear": "cuda", "attention": "torch", "rms_norm": "torch", "linear_cross_entropy": "torch"}
-    assert tuned.providers(measured, set(), names) == chosen
-    assert tuned.providers(measured, {"cuda:fused_linear"}, names)["fused_linear"] == "triton"
-    assert tuned.providers(measured, {"cuda:fused_linear", "triton:fused_linear"}, names)["fused_linear"] == "torch"
-
-
-def test_what_no_check_speaks_for_is_unproven():
-    names = ["torch", "triton"]
-    everything = {f"{name}:{op}" for name in names for op in dispatch.OPS}
-    everything |= {"gemm:layout", "gemm:triton", "gemm:gluon"}
-    passed = [{"ok": True, "rests": sorted(everything)}]
-    on_triton = {f"triton:{op}" for op in dispatch.OPS}
-
-    def unproven(*failed, unfinished=()):
-        return tuned.unproven([*passed, *failed], unfinished, names)
-
-    assert unproven() == set() and tuned.unproven([], [], names) == everything
-    assert unproven({"ok": False, "rests": ["triton:attention"]}) == {"triton:attention"}
-    assert unproven({"kind": "op", "name": "x", "provider": "triton", "error": "died"}) == on_triton
-    assert unproven({"kind": "gemm", "name": "gluon 3", "provider": "triton", "error": "hung"}) == {"gemm:gluon"}
-    assert unproven({"error": "died"}) == everything
-    items = [{"kind": "op", "name": "x", "provider": "triton", "dtype": dtype} for dtype in ("fp16", "bf16")]
-    assert unproven(unfinished=items[:1]) == set() and unproven(unfinished=items) == on_triton
 
 
 @needs_triton

@@ -125,7 +125,7 @@ def _checks(program: Program) -> str:
     left += program.items("checks", "bench.gpu.checks:run", items, program.budget.allowed("checks"), **options)
     program.unfinished = left
     rows = program.results.rows("checks")
-    failed = tuned.failed(rows)
+    failed = tuned.failed(_flat(program))
     for row in failed[:20]:
         what = row.get("check") or f"{row.get('kind')}: {row.get('name')}"
         program.say(f"FAILED {what} {row.get('dtype')} {row.get('provider')}: {row.get('reason') or row.get('error')}")
@@ -137,7 +137,7 @@ def _tiles(program: Program) -> str:
     from bench.gpu import tuned, tuning
     from bench.gpu.tunables import TUNABLES, Problem
 
-    has_gluon = "gemm:gluon" not in _unproven(program)
+    has_gluon = "gemm:gluon" in tuned.proven(_flat(program))
     kernels = [name for name in TUNABLES if has_gluon or "gluon" not in name]
     seconds = program.budget.allowed("tiles")
     common = {"dtype": "bf16", "device": program.device}
@@ -150,7 +150,7 @@ def _tiles(program: Program) -> str:
     tried = [row for row in rows if "key" in row]
     timed = []
     for kernel, problem in _alternating([[(name, each) for each in tuning.problems(name)] for name in kernels]):
-        tiles = tuned.good_tiles(tried, kernel, Problem(*problem))
+        tiles = tuning.good_tiles(tried, kernel, Problem(*problem))
         if tiles:
             timed.append({"kernel": kernel, "problem": list(problem), "tiles": tiles, **common})
     not_timed = program.items(
@@ -167,30 +167,22 @@ def _alternating(lists: Sequence[Sequence]) -> list:
     return [items[i] for i in range(longest) for items in lists if i < len(items)]
 
 
-def _unproven(program: Program) -> set[str]:
-    from bench.gpu import tuned
-
-    return tuned.unproven(program.results.rows("checks"), program.unfinished, _providers())
+def _flat(program: Program) -> list[dict]:
+    """Every row with its section, as `tuned` reads them."""
+    machine = {"section": "machine", "device": program.machine.get("device", "unknown")}
+    sections = program.results.data["sections"].items()
+    return [machine, *({"section": name, **row} for name, section in sections for row in section["rows"])]
 
 
 def _write_table(program: Program) -> None:
     """The table of what has been measured so far; nothing is proven before its rows are there."""
     from bench.gpu import tuned
-    from mmpeft_fast.ops.dispatch import Table
 
-    rows = program.results.rows("tiles")
-    excluded = _unproven(program)
-    measured = [row for row in rows if "sizes" in row]
-    ways = tuned.gemm_ways(measured, excluded)
-    table = Table(
-        device=program.machine.get("device", "unknown"),
-        source=f"{program.out.name}/gpu.json, {program.results.data['started']}",
-        providers=tuned.providers(program.results.rows("ops"), excluded, _providers()),
-        gemm=ways,
-        tiles=tuned.tiles(measured, ways),
-    )
-    path = tuned.write_table(program.out / "tuned", table)
-    program.results.data["table"] = {"path": path.relative_to(program.out).as_posix(), "unproven": sorted(excluded)}
+    rows = _flat(program)
+    path = tuned.write_table(program.out / "tuned", tuned.table(rows, f"{program.out.name}/gpu.json"))
+    program.results.data["table"] = {
+        "path": path.relative_to(program.out).as_posix(), "proven": sorted(tuned.proven(rows))
+    }  # fmt: skip
 
 
 def _tuned_folder(program: Program) -> str | None:
@@ -309,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         _end_build(program, 0.0)
-        failed = tuned.failed(program.results.rows("checks"))
+        failed = tuned.failed(_flat(program))
         program.results.data |= {"seconds": budget.used, "checks_failed": len(failed)}
         program.results.write()
     program.say(f"wrote {args.out / 'gpu.json'}; {len(failed)} checks failed")

@@ -3,7 +3,7 @@
 `try_tile` runs in several processes at once, because compiling is what it takes; `time_tiles` alone on the machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -48,6 +48,12 @@ def compile_key(kernel: str, problem: Problem) -> str:
     if kernel.startswith("lowrank_gemm") or kernel == "dy_pass":
         return f"{'several segments' if len(problem.linear.num_outs) > 1 else 'one segment'} r{problem.r}"
     return f"{problem.linear.prologue} r{problem.rank}"
+
+
+def good_tiles(trial_rows: Sequence[dict], kernel: str, problem: Problem) -> list[dict | None]:
+    """The candidates of a problem that compiled, were right and did not spill."""
+    key = compile_key(kernel, problem)
+    return [row["tile"] for row in trial_rows if row["kernel"] == kernel and row.get("key") == key and row["ok"]]
 
 
 def trials(kernel: str) -> list[dict]:
