@@ -25,7 +25,7 @@ _KERNEL_GAIN = 0.05
 # The slowest row of a provider that is chosen because it is faster on the whole.
 _WORST_ROW = 1.05
 # Kinds of checks that have to speak for <provider>:<op>; for gemm:<way> its own kind.
-_KINDS_OF_PROOF = {"kernel", "op", "model"}
+_KINDS_OF_PROOF = {"op", "model"}
 PROVIDERS = ("triton", "cuda")
 _GEMMS = {
     f"lowrank_gemm{suffix} {direction}": (direction, way)
@@ -232,6 +232,20 @@ def installed(folder: Path | None) -> Iterator[None]:
     finally:
         dispatch.tuned_folder = committed
         dispatch.read_again()
+
+
+@contextmanager
+def forced(kernel: str | None = None, fields: Mapping[str, int] | None = None, way: str = "triton") -> Iterator[None]:
+    """Inside, the Triton kernel set reads no table: `kernel` has the tile `fields` (None: its default), all others
+    their defaults, and GEMMs run by `way`."""
+    committed = dispatch.tile_fields, dispatch.gemm_realisation
+    dispatch.tile_fields = lambda name, x, **sizes: fields if name == kernel else None
+    dispatch.gemm_realisation = lambda *args, **options: way
+    try:
+        with installed(Path("no tables")):
+            yield
+    finally:
+        dispatch.tile_fields, dispatch.gemm_realisation = committed
 
 
 def main(arguments: Sequence[str]) -> int:
