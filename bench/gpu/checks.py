@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -43,11 +42,6 @@ _LOSS_TILES = [
     {"block_m": 1, "block_n": block_n, "num_warps": num_warps}
     for block_n, num_warps in ((128, 1), (256, 4), (1024, 4), (1024, 32), (4096, 8), (4096, 16), (16384, 16))
 ]
-# What the kernels' own tests speak for, where that is not the linear calls.
-_OPS_OF_FILE = {
-    "rotary": ("attention",), "prefix": ("attention",), "cross_entropy": ("linear_cross_entropy",),
-    "reduction": OPS, "dropout": ("fused_linear",),
-}  # fmt: skip
 MODELS = tuple(f"{family} {method}" for family in ("llava", "qwen2_vl") for method in METHODS)
 
 
@@ -79,19 +73,11 @@ def race_items(dtype: str, device: str, few: int | None = None) -> list[dict]:
     return [{"kind": "race", "name": name, **common} for name in names[:few]]
 
 
-def test_items(provider: str, device: str) -> list[dict]:
-    """The kernels' own tests: Triton's were made for the interpreter, the extension's bring their own tensors."""
-    common = {"dtype": "as the test says", "provider": provider, "device": device}
-    if provider == "cuda":
-        sanitized = ["compute-sanitizer "] if shutil.which("compute-sanitizer") else []
-        names = [f"{prefix}tests/csrc_cuda/test_kernels.py" for prefix in ["", *sanitized]]
-        return [{"kind": "extension", "name": name, **common} for name in names]
-    folder, kernels = ROOT / "tests" / "kernels", ROOT / "kernels" / "mmpeft_kernels"
-    # Files that test more than a kernel take inputs from generators of the CPU: `op_cases` stand in for them.
-    files = sorted((folder / "interpreted").glob("check_*.py"))
-    files = [path for path in files if (kernels / path.name.removeprefix("check_")).exists()]
-    names = [path.relative_to(ROOT).as_posix() for path in [*files, folder / "test_lowrank_gemm_gluon.py"]]
-    return [{"kind": "tests", "name": name, **common} for name in names]
+def extension_items(device: str) -> list[dict]:
+    """The extension's own tests, also under compute-sanitizer where there is one."""
+    prefixes = ["", *(["compute-sanitizer "] if shutil.which("compute-sanitizer") else [])]
+    common = {"dtype": "as the test says", "provider": "cuda", "device": device}
+    return [{"kind": "extension", "name": f"{prefix}tests/csrc_cuda/test_kernels.py", **common} for prefix in prefixes]
 
 
 def run(kind: str, name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
@@ -230,45 +216,6 @@ def _model(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
     yield {"rests": _of(provider, OPS), **model_cases.compare(name, DTYPES[dtype], provider, device)}
 
 
-class _Recorder:
-    """A pytest plugin: one row a test that did not pass or was called."""
-
-    def __init__(self):
-        self.rows: list[dict] = []
-
-    def pytest_runtest_logreport(self, report):
-        if report.failed or (report.when == "call" and not report.skipped):
-            self._add(report)
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self._add(report)
-
-    def _add(self, report):
-        row = {"check": f"tests: {report.nodeid}", "ok": report.passed}
-        if not report.passed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            row["reason"] = (crash.message if crash else str(report.longrepr)).strip().splitlines()[0]
-        self.rows.append(row)
-
-
-def _tests(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
-    """Every test of a file with tensors on `device` wherever the test does not say where."""
-    import pytest
-
-    recorder = _Recorder()
-    torch.set_default_device(device)
-    try:
-        options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
-        pytest.main([*options, str(ROOT / name)], plugins=[recorder])
-    finally:
-        torch.set_default_device(None)
-    kernel = Path(name).stem.removeprefix("check_")
-    rests = ["gemm:gluon"] if "gluon" in name else _of("triton", _OPS_OF_FILE.get(kernel, ("fused_linear", "rms_norm")))
-    for row in recorder.rows:
-        yield {"rests": rests, **row}
-
-
 def _extension(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
     """The tests of the extension's CUDA ops in a process of their own: a crash of theirs is one row."""
     command = [
@@ -292,5 +239,4 @@ def _extension(name: str, dtype: str, provider: str, device: str) -> Iterator[di
 
 _KINDS = {
     "extension": _extension, "kernel": _kernel, "op": _op, "gemm": _gemm, "race": _race, "model": _model,
-    "tests": _tests,
 }  # fmt: skip

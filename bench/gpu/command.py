@@ -280,14 +280,11 @@ def _tuned(program: Program) -> str:
 
 
 def _others(program: Program) -> str:
-    """Checks that decide less: races, the kernels' own tests, the extension, other dtypes."""
+    """Checks that decide less: races, the extension, other dtypes."""
     scope, few = program.scope, program.scope.few
     found = checks.race_items(scope.dtype, scope.device, few)
-    found += checks.test_items("triton", scope.device)[:few]
     if few or program.has_cuda:
-        found += (
-            checks.items("cuda", scope.dtype, scope.device, (), few) + checks.test_items("cuda", scope.device)[:few]
-        )
+        found += checks.items("cuda", scope.dtype, scope.device, (), few) + checks.extension_items(scope.device)[:few]
     if scope is GPU:
         for dtype in ("fp16", "fp32"):
             found += checks.items("triton", dtype, scope.device, _ways(program) if dtype == "fp16" else ())

@@ -43,9 +43,16 @@ def failed(rows: Iterable[dict]) -> list[dict]:
     return [row for row in of_section(rows, "checks") if not row.get("ok") and not row.get("unfinished")]
 
 
+def _touched(row: dict) -> list[str]:
+    """What a check that ended without a verdict speaks against: all that it may have been about."""
+    if row.get("kind") == "gemm":
+        return [f"gemm:{row['name'].split()[0]}"]
+    return [f"{row['provider']}:{op}" for op in dispatch.OPS] if "provider" in row else []
+
+
 def proven(rows: Sequence[dict]) -> set[str]:
     """<provider>:<op> and gemm:<way> that checks of every kind passed for and none failed for."""
-    against = {rest for row in failed(rows) for rest in row.get("rests", ())}
+    against = {rest for row in failed(rows) for rest in row.get("rests") or _touched(row)}
     kinds: dict[str, set[str]] = defaultdict(set)
     for row in of_section(rows, "checks"):
         for rest in row["rests"] if row.get("ok") else ():

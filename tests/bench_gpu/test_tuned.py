@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import tuned
-from bench.gpu.tunables import TUNABLES, Problem
+from bench.gpu import tuned, tuning
+from bench.gpu.tuning import Problem
 from mmpeft_fast.ops import dispatch
 
 RESULTS = Path(tuned.__file__).parents[1] / "results"
@@ -19,7 +19,7 @@ FWD, DX = "fwd bf16 m4096 n16384 k4096 r16", "dx bf16 m4096 n4096 k16384 r1"
 
 
 def tile_rows(kernel, times, problem, **more):
-    sizes = TUNABLES[kernel].sizes(problem)
+    sizes = tuning.sizes(kernel, problem)
     return [
         {"section": "tiles", "kernel": kernel, "dtype": "bf16", "call": problem.call, "sizes": sizes, "tile": tile,
          "p20_ms": time, "p50_ms": time, "host_ms": 0.1, **more}
@@ -59,7 +59,7 @@ def test_committed_rows_say_where_they_come_from_and_name_no_machine():
 
 
 def test_tiles_and_ways_of_rows_are_what_dispatch_reads(tmp_path):
-    assert dispatch.bucket(torch.bfloat16, **TUNABLES["prologue"].sizes(SMALL)) == "bf16 m4096 k4096 r64"
+    assert dispatch.bucket(torch.bfloat16, **tuning.sizes("prologue", SMALL)) == "bf16 m4096 k4096 r64"
     rows = tile_rows("prologue", [(None, 2.0), (ONE, 1.5), (TWO, 1.0), ("torch", 9.0)], SMALL)
     rows += tile_rows("prologue", [(None, 2.0), (ONE, 1.0), (TWO, 3.0)], LARGE)
     rows += tile_rows("ddown", [(None, 1.0), (ONE, 0.995)], SMALL)
@@ -107,10 +107,21 @@ def test_proven_is_what_every_kind_of_check_passed_for():
     passed = [check(kind, "triton:attention", "cuda:attention") for kind in ("kernel", "op", "model")]
     passed.append(check("gemm", "gemm:gluon"))
     assert tuned.proven(passed) == {"triton:attention", "cuda:attention", "gemm:gluon"}
-    assert tuned.proven(passed[1:]) == {"gemm:gluon"}
+    assert tuned.proven(passed[2:]) == {"gemm:gluon"}
     assert tuned.proven([]) == set()
     crashed = check("tests", "cuda:attention", ok=False, error="the process died with status -11")
     assert tuned.proven([*passed, crashed]) == {"triton:attention", "gemm:gluon"}
+    died = {
+        "section": "checks",
+        "kind": "op",
+        "name": "x",
+        "provider": "cuda",
+        "error": "the process died with status 1",
+    }
+    assert tuned.proven([*passed, died]) == {"triton:attention", "gemm:gluon"}
+    hung = {"section": "checks", "kind": "gemm", "name": "gluon 3", "provider": "triton", "error": "Died: x"}
+    assert tuned.proven([*passed, hung]) == {"triton:attention", "cuda:attention"}
+    assert tuned.proven([*passed, {**died, "unfinished": True}]) == tuned.proven(passed)
     slow = check("tests", "cuda:attention", ok=False, unfinished=True, error="ran longer than 60 s")
     assert tuned.proven([*passed, slow]) == {"triton:attention", "cuda:attention", "gemm:gluon"}
     assert tuned.failed([*passed, slow, crashed]) == [crashed]
