@@ -30,9 +30,10 @@ from mmpeft_fast.atomic import write_text
 # In the order in which they run, with their shares of the time: what decides the table before what decorates it, bf16
 # before all else, whole steps before tiles.
 SECTIONS = {
-    "machine": 2, "compile": 10, "checks": 16, "steps": 26, "tiles": 22, "ops": 6, "tuned": 5, "others": 8, "graphs": 3,
+    "machine": 2, "compile": 12, "checks": 16, "steps": 26, "tiles": 22, "ops": 6, "tuned": 5, "others": 8, "graphs": 3,
     "peers": 1,
 }  # fmt: skip
+_SHARE_WITH_WHEELS = 40
 # Kept for ending processes and for the last write.
 _RESERVE_SECONDS = 8.0
 _SECONDS_BETWEEN_TABLES = 5.0
@@ -159,7 +160,7 @@ def _machine(program: Program) -> str:
 
 def _compile(program: Program) -> str:
     """Everything that the steps will run, over all cores: one kernel of one call each, then models of few layers."""
-    scope, options = program.scope, {"processes": program.cores, "most": _CHECK_SECONDS}
+    scope, options = program.scope, {"processes": program.cores, "most": _STEP_SECONDS}
     steps = [
         {"setting": name, "implementation": "triton", "rounds": 1, **program.target}
         for name in (scope.short if scope is GPU else ())
@@ -169,8 +170,7 @@ def _compile(program: Program) -> str:
         for kernel, problem in tuning.problems(scope)
         if "gluon" not in kernel and (problem.dims, problem.r, problem.m, problem.p) in scope.problems[:2]
     ]
-    left = program.items("compile", "tuning:compile_call", calls[: scope.few], **options)
-    left += program.items("compile", "steps:run_step", steps, fresh=True, **options)
+    left = program.items("compile", "steps:compiled", steps + calls[: scope.few], **options)
     return f"{len(left)} items not finished"
 
 
@@ -362,7 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     names = [name for name in SECTIONS if name in args.sections or name == "machine"]
-    budget = Budget(args.seconds - _RESERVE_SECONDS, {name: SECTIONS[name] for name in names})
+    shares = {**SECTIONS, "peers": _SHARE_WITH_WHEELS if args.wheels else SECTIONS["peers"]}
+    budget = Budget(args.seconds - _RESERVE_SECONDS, {name: shares[name] for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
     scope = DRY if args.dry else GPU
     program = Program(args.out.resolve(), budget, scope, profile=args.profile, wheels=args.wheels)

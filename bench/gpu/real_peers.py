@@ -35,7 +35,7 @@ def items(wheels: Path | None, scope: Scope) -> list[dict]:
     return [
         {"setting": setting, "implementation": name, **target}
         for setting in scope.text
-        for name in ((*OURS, *NAMES) if scope.few is None else NAMES)
+        for name in ((*OURS, *NAMES) if wheels is not None and scope.few is None else NAMES)
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.gpu import real_peers, tuned
+from bench.gpu import real_peers, tuned, tuning
 from bench.gpu.judge import DTYPES
 from bench.gpu.machine import clocks
 from bench.gpu.profile import profiled, table_of_kernels
@@ -181,6 +181,14 @@ def run_step(
         if profile is not None:
             for line in table_of_kernels(step, counted, profile):
                 yield {**common, "mode": "profile", **line}
+
+
+def compiled(**arguments) -> Iterator[dict]:
+    """Compiles, by running it, a whole step (arguments of `run_step`) or one kernel (of `tuning.compile_call`)."""
+    if "setting" in arguments:
+        yield next(run_step(**arguments))
+    else:
+        yield from tuning.compile_call(**arguments)
 
 
 def _reset_peak(device: str) -> None:

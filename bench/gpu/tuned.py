@@ -6,9 +6,10 @@ Only what rows say is in the table: what no check speaks for is not proven, what
 """
 
 import argparse
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -242,15 +243,18 @@ def installed(folder: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def forced(kernel: str | None = None, fields: Mapping[str, int] | None = None, way: str = "triton") -> Iterator[None]:
+def forced(
+    kernel: str | None = None, fields: Mapping[str, int] | None = None, way: str = "triton"
+) -> Iterator[Callable[[Mapping[str, int] | None], None]]:  # fmt: skip
     """Inside, the Triton kernel set reads no table: `kernel` has the tile `fields` (None: its default), all others
-    their defaults, and GEMMs run by `way`."""
+    their defaults, and GEMMs run by `way`. Gives a function that changes the tile."""
+    tile = [fields]
     committed = dispatch.tile_fields, dispatch.gemm_realisation
-    dispatch.tile_fields = lambda name, x, **sizes: fields if name == kernel else None
+    dispatch.tile_fields = lambda name, x, **sizes: tile[0] if name == kernel else None
     dispatch.gemm_realisation = lambda *args, **options: way
     try:
         with installed(Path("no tables")):
-            yield
+            yield functools.partial(tile.__setitem__, 0)
     finally:
         dispatch.tile_fields, dispatch.gemm_realisation = committed
 

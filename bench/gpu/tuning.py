@@ -162,8 +162,8 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
     name, way = _named(kernel)
 
     def run(tile):
-        with tuned.forced(name, tile, way):
-            return case.run(kernels_of("triton"), **operands)
+        set_tile(tile)
+        return case.run(kernels_of("triton"), **operands)
 
     functions: dict[str, Callable] = {str(i): lambda tile=tile: run(tile) for i, tile in enumerate(tiles)}
     if "gemm" in kernel or kernel == "dy_pass":
@@ -177,7 +177,8 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
         }  # fmt: skip
     if kernel.endswith(" dx"):
         functions["bare"] = lambda: operands["dy"] @ operands["weight"]
-    measured = timed(functions, device_of(device), seconds=_SECONDS_A_PROBLEM)
+    with tuned.forced(name, None, way) as set_tile:
+        measured = timed(functions, device_of(device), seconds=_SECONDS_A_PROBLEM)
     work = _work(kernel, shape, operands, case.run(kernels_torch, **operands) if "gemm" not in kernel else {})
     common = {"kernel": kernel, "dtype": dtype, **shape._asdict(), "sizes": sizes(kernel, shape)}
     for which, times in measured.items():
