@@ -18,30 +18,18 @@ from bench.gpu.judge import DTYPES, cloned, same_bits, verdict, widened
 from bench.gpu.kernel_cases import Case, call_case, kernel_cases, layout
 from bench.gpu.op_cases import forward_and_gradients, op_cases
 from bench.gpu.repository import ROOT
-from bench.gpu.shapes import DIMS, LinearCall, linear_calls
+from bench.gpu.shapes import LinearCall
 from mmpeft_fast import METHODS
 from mmpeft_fast import provider as forced
 from mmpeft_fast.ops import kernels_torch
 from mmpeft_fast.ops.dispatch import OPS
 from mmpeft_fast.ops.providers import why_not_installed
 
-# Races show by chance: this many runs of each tile have to agree.
-_RACE_REPEATS = 40
 # (rows, depth, columns of the segments, rank): whole tiles of every candidate but for the last segment.
 _GEMM_SIZES = (
     (1, 64, (64,), 16), (33, 136, (256, 512, 72), 16), (1000, 1032, (768, 256), 128),
     (1024, 4096, (4096, 4096, 4096), 16), (1024, 3584, (3584, 512, 512), 64), (1024, 11008, (4096,), 16),
 )  # fmt: skip
-_RACE_TILES = [
-    {"block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": 1}
-    for block_m, block_n, num_warps in (
-        (16, 64, 4), (16, 128, 8), (32, 64, 4), (32, 64, 8), (64, 64, 8), (16, 256, 8), (32, 128, 4), (16, 64, 16),
-    )
-]  # fmt: skip
-_LOSS_TILES = [
-    {"block_m": 1, "block_n": block_n, "num_warps": num_warps}
-    for block_n, num_warps in ((128, 1), (256, 4), (1024, 4), (1024, 32), (4096, 8), (4096, 16), (16384, 16))
-]
 MODELS = tuple(f"{family} {method}" for family in ("llava", "qwen2_vl") for method in METHODS)
 
 
@@ -64,13 +52,6 @@ def items(provider: str, dtype: str, device: str, ways: Iterable[str] = (), few:
         for kind, found in chosen.items()
         if i < len(found)
     ]
-
-
-def race_items(dtype: str, device: str, few: int | None = None) -> list[dict]:
-    names = [f"{what} {i}" for i in range(len(_RACE_TILES)) for what in ("branch", "plain")]
-    names += [f"loss {i}" for i in range(len(_LOSS_TILES))]
-    common = {"dtype": dtype, "provider": "triton", "device": device}
-    return [{"kind": "race", "name": name, **common} for name in names[:few]]
 
 
 def extension_items(device: str) -> list[dict]:
@@ -109,12 +90,17 @@ def _named(cases, name: str):
 
 
 def judged(
-    got: Callable[[object], Mapping], definition: Callable[[object], Mapping], operands, *, must_repeat: bool = True
+    got: Callable[[object], Mapping],
+    definition: Callable[[object], Mapping],
+    operands,
+    *,
+    must_repeat: bool = True,
+    runs: int = 2,
 ) -> dict:
-    """A verdict on `got`, which may overwrite its operands, and whether it repeats bit by bit."""
-    first, second = got(cloned(operands)), got(cloned(operands))
+    """A verdict on `got`, which may overwrite its operands, and whether all `runs` have the same bits."""
+    first = got(cloned(operands))
     row = verdict(first, definition(cloned(operands)), definition(widened(operands)))
-    repeats = same_bits(first, second)
+    repeats = all(same_bits(first, got(cloned(operands))) for _ in range(runs - 1))
     return {**row, "repeats": repeats, "ok": row["ok"] and (repeats or not must_repeat)}
 
 
@@ -122,9 +108,9 @@ def _run(case: Case, kernels, operands: dict) -> dict:
     return case.run(kernels, **operands)
 
 
-def judged_case(case: Case, kernels, operands: dict) -> dict:
+def judged_case(case: Case, kernels, operands: dict, runs: int = 2) -> dict:
     """A verdict on a case of the kernel set by a provider's module."""
-    return judged(partial(_run, case, kernels), partial(_run, case, kernels_torch), operands)
+    return judged(partial(_run, case, kernels), partial(_run, case, kernels_torch), operands, runs=runs)
 
 
 def kernels_of(provider: str):
@@ -167,49 +153,6 @@ def _gemm(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
         yield {"check": f"gemm: {way} {case.name}", "rests": [f"gemm:{way}"], **row}
 
 
-def _race(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
-    """Kernels whose threads read back what others of the program wrote, many times over many tiles."""
-    what, index = name.split()
-    if what == "loss":
-        fields, ops = _LOSS_TILES[int(index)], ("linear_cross_entropy",)
-        operands = _loss_operands(DTYPES[dtype], device)
-        got = lambda operands: _loss_with(fields, **operands)  # noqa: E731
-        definition = lambda operands: _loss_by(kernels_torch, **operands)  # noqa: E731
-    else:
-        dims, m = ("llama-7b", 520) if device == "cuda" else ("tiny", 20)
-        call, fields = linear_calls(DIMS[dims])["qkv"], _RACE_TILES[int(index)]
-        case = call_case("prologue_backward", call, m, 16 if what == "branch" else 0, 0.05)
-        operands, ops = case.operands(DTYPES[dtype], device), case.ops
-        got = lambda operands: case.run(kernels_of(provider), **operands)  # noqa: E731
-        definition = lambda operands: case.run(kernels_torch, **operands)  # noqa: E731
-    with tuned.forced("prologue_backward", fields):
-        row = judged(got, definition, operands)
-        first = got(cloned(operands))
-        runs = _RACE_REPEATS if device == "cuda" else 2
-        differing = sum(not same_bits(first, got(cloned(operands))) for _ in range(runs))
-    row |= {"ok": row["ok"] and differing == 0, "runs": runs, "differing_runs": differing}
-    yield {"rests": _of(provider, ops), **row, "tile": fields}
-
-
-def _loss_operands(dtype: torch.dtype, device: str) -> dict:
-    torch.manual_seed(0)
-    labels = torch.randint(32064, (33,), device=device)
-    labels[2:3] = -100
-    logits = 3 * torch.randn(33, 32064, dtype=dtype, device=device)
-    return {"logits": logits, "labels": labels, "count": (labels != -100).sum()}
-
-
-def _loss_by(kernels, *, logits, labels, count) -> dict:
-    return {"loss": kernels.cross_entropy_(logits, labels, count, need_grad=True), "dlogits": logits}
-
-
-def _loss_with(fields: dict, *, logits, labels, count) -> dict:
-    from mmpeft_kernels.cross_entropy import cross_entropy_
-    from mmpeft_kernels.tile import Tile
-
-    return {"loss": cross_entropy_(logits, labels, count, tile=Tile(**fields)), "dlogits": logits}
-
-
 def _model(name: str, dtype: str, provider: str, device: str) -> Iterator[dict]:
     from bench.gpu import model_cases  # transformers and peft, which most processes do without
 
@@ -238,5 +181,5 @@ def _extension(name: str, dtype: str, provider: str, device: str) -> Iterator[di
 
 
 _KINDS = {
-    "extension": _extension, "kernel": _kernel, "op": _op, "gemm": _gemm, "race": _race, "model": _model,
+    "extension": _extension, "kernel": _kernel, "op": _op, "gemm": _gemm, "model": _model,
 }  # fmt: skip

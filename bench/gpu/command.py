@@ -280,9 +280,9 @@ def _tuned(program: Program) -> str:
 
 
 def _others(program: Program) -> str:
-    """Checks that decide less: races, the extension, other dtypes."""
+    """Checks that decide less: the extension, other dtypes."""
     scope, few = program.scope, program.scope.few
-    found = checks.race_items(scope.dtype, scope.device, few)
+    found: list[dict] = []
     if few or program.has_cuda:
         found += checks.items("cuda", scope.dtype, scope.device, (), few) + checks.extension_items(scope.device)[:few]
     if scope is GPU:

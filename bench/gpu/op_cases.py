@@ -28,23 +28,29 @@ class OpCase(NamedTuple):
     ref: Callable[..., tuple[Tensor, ...]]
 
 
-def forward_and_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
-    """Outputs and the gradients of every differentiated operand, by name."""
-    leaves: dict[str, Tensor] = {}
+def with_leaves(operands: dict) -> tuple[dict, list[Tensor]]:
+    """The operands with leaves of autograd, and these; a leaf lies where its tensor lies: rows of one buffer stay rows
+    of one buffer."""
+    leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
-        """A leaf that lies where the tensor lies: rows of one buffer stay rows of one buffer."""
         if not tensor.is_floating_point():
             return tensor
-        leaves[f"d{len(leaves)}"] = tensor.detach().requires_grad_()
-        return leaves[f"d{len(leaves) - 1}"]
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
 
-    arguments = {name: value if name.startswith("frozen_") else mapped(value, leaf) for name, value in operands.items()}
+    given = {name: value if name.startswith("frozen_") else mapped(value, leaf) for name, value in operands.items()}
+    return given, leaves
+
+
+def forward_and_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
+    """Outputs and the gradients of every differentiated operand, by name."""
+    arguments, leaves = with_leaves(operands)
     outputs = function(**arguments)
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return {f"y{i}": y.detach() for i, y in enumerate(outputs)} | dict(zip(leaves, grads, strict=True))
+    grads = torch.autograd.grad(outputs, leaves, upstream)
+    return {f"y{i}": y.detach() for i, y in enumerate(outputs)} | {f"d{i}": grad for i, grad in enumerate(grads)}
 
 
 def _as_tuple(y) -> tuple[Tensor, ...]:

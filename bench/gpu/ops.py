@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.gpu.judge import DTYPES, mapped
-from bench.gpu.op_cases import OpCase, timed_cases
+from bench.gpu.judge import DTYPES
+from bench.gpu.op_cases import OpCase, timed_cases, with_leaves
 from bench.gpu.timing import device_of, on_provider, timed
 from bench.gpu.worker import one_line
 from mmpeft_fast import saved_bytes
@@ -38,15 +38,7 @@ def time_op(index: int, problem: list, providers: list[str], dtype: str, device:
 
 
 def _step(case: OpCase, operands: dict, provider: str):
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    arguments = {name: value if name.startswith("frozen_") else mapped(value, leaf) for name, value in operands.items()}
+    arguments, leaves = with_leaves(operands)
     upstream: list[Tensor] = []
 
     def step(forward_only: bool = False):

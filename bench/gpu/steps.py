@@ -21,7 +21,7 @@ from bench.gpu.shapes import SETTINGS, Setting
 from bench.gpu.timing import device_of, on_provider, timed
 from mmpeft_fast import LoRA, add_peft, fuse, saved_bytes
 from mmpeft_fast.baseline import add_baseline
-from mmpeft_fast.models import FAMILIES, base_model
+from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
 
 _SCALING = 2.0
@@ -93,10 +93,10 @@ def implement(model: nn.Module, setting: Setting, implementation: str) -> nn.Mod
     """The stock model as `implementation` trains it; changed in place.
 
     frozen: nothing is trained, the backward goes to the input embeddings. peft: HF PEFT, float32 adapters; peft_bf16:
-    adapters in the model's dtype; compile: that, every decoder layer by torch.compile; liger, unsloth: `real_peers`.
-    A provider's name: fused with float32 adapters and forced to that provider; default: as `fuse` chooses.
+    adapters in the model's dtype; liger: that, on Liger's classes; unsloth: `real_peers`. A provider's name: fused with
+    float32 adapters and forced to that provider; default: as `fuse` chooses.
     """
-    family, method = FAMILIES[setting.family], LoRA(r=setting.r, alpha=_SCALING * setting.r, dropout=setting.dropout)
+    method = LoRA(r=setting.r, alpha=_SCALING * setting.r, dropout=setting.dropout)
     dtype = next(model.parameters()).dtype
     if implementation == "frozen":
         model.requires_grad_(False)
@@ -112,9 +112,6 @@ def implement(model: nn.Module, setting: Setting, implementation: str) -> nn.Mod
         for parameter in model.parameters():
             if parameter.requires_grad and implementation != "peft":
                 parameter.data = parameter.data.to(dtype)
-        if implementation == "compile":
-            for layer in family.layers_of(base_model(model)):
-                layer.compile()
     return model.train()
 
 

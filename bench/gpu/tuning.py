@@ -25,6 +25,8 @@ Fields = dict[str, int]
 # Rows of a trial: what compiles depends on them only by their divisibility, and the float64 truth is cheap.
 _TRIAL_ROWS = 512
 _SECONDS_A_PROBLEM = 2.0
+# Races of threads that read back what others wrote show by chance: so many runs of a tile have to agree.
+_RUNS = 20
 # Registers of a multiprocessor that a block's float32 accumulators may take: half of 65536, the rest is for operands.
 _ACCUMULATOR_VALUES = 32768
 
@@ -145,12 +147,12 @@ def compile_call(kernel: str, problem: list, dtype: str, device: str) -> Iterato
 
 
 def try_tile(kernel: str, problem: list, tile: Fields | None, dtype: str, device: str) -> Iterator[dict]:
-    """One row: whether the tile compiles and is right."""
+    """One row: whether the tile compiles, is right and repeats."""
     shape = Problem(*problem)
     case, operands = _case(kernel, shape._replace(m=min(shape.m, _TRIAL_ROWS)), dtype, device)
     name, way = _named(kernel)
     with tuned.forced(name, tile, way):
-        row = judged_case(case, kernels_of("triton"), operands)
+        row = judged_case(case, kernels_of("triton"), operands, _RUNS if device == "cuda" else 2)
     yield {"kernel": kernel, "problem": problem, "tile": tile, **row}
 
 

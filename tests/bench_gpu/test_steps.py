@@ -10,13 +10,8 @@ from mmpeft_fast.models import FAMILIES
 LLAVA, QWEN = SETTINGS["tiny llava"], SETTINGS["tiny qwen2_5_vl"]
 
 
-@pytest.mark.parametrize("implementation", ["frozen", "peft", "peft_bf16", "compile", "torch", "default"])
+@pytest.mark.parametrize("implementation", ["frozen", "peft", "peft_bf16", "torch", "default"])
 def test_steps_of_every_implementation(implementation):
-    if implementation == "compile":  # compiling takes longer than all the rest
-        model = steps.implement(steps.build(LLAVA, torch.bfloat16, "cpu"), LLAVA, implementation)
-        compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
-        assert len(compiled) == 2 and all(type(module).__name__ == "LlamaDecoderLayer" for module in compiled)
-        return
     row, counts = steps.run_step(LLAVA.name, implementation, "bf16", "cpu", rounds=1)
     assert row["tokens_s"] == pytest.approx(180 / row["p50_ms"] * 1e3) and row["host_ms"] > 0
     assert 4.0 < row["first_loss"] < 4.6 and row["dense_tflops"] > 0
