@@ -19,12 +19,12 @@ _KINDS = (
     ("prologue_backward", ("prologue_backward",)),
     ("prologue", ("prologue",)),
     ("ddown", ("ddown",)),
-    ("dy_pass", ("dy_pass",)),
-    ("lowrank_gemm", ("lowrank_gemm", "gemm_kernel")),
+    ("dy_pass", ("dy_pass", "dypass", "_finish_kernel")),
+    ("lowrank_gemm", ("lowrank_gemm",)),
     ("rotary", ("rotary", "heads")),
     ("cross_entropy", ("cross_entropy", "softmax")),
-    ("partial sums", ("sum_partials", "reduction")),
-    ("attention", ("flash", "fmha", "sdpa", "cudnn")),
+    ("partial sums", ("sum_partials", "_sum_kernel")),
+    ("attention", ("flash", "fmha", "sdpa", "cudnn", "attention")),
     ("library GEMM", ("nvjet", "cutlass", "gemm", "xmma", "cublas")),
     ("AdamW", ("multi_tensor", "adam")),
 )
@@ -97,8 +97,9 @@ class _LibraryBytes(TorchDispatchMode):
             result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns
         )
         name = func._schema.name.split("::")[-1]
-        if not is_view and (not self._inside or name in _MATRIX_PRODUCTS):
-            kind = "library GEMM" if name in _MATRIX_PRODUCTS else "attention" if "attention" in name else _OTHER
+        is_work = not is_view and "empty" not in name
+        if is_work and (not self._inside or name in _MATRIX_PRODUCTS):
+            kind = "library GEMM" if name in _MATRIX_PRODUCTS else kind_of(name)
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             self._found[kind] += _bytes(tensors)
         return out

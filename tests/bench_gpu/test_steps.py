@@ -1,9 +1,11 @@
 """Whole steps of every implementation on the CPU with tiny models, and where their time goes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench.gpu import profile, steps
+from bench.gpu import profile, steps, tuned
 from bench.gpu.shapes import DIMS, DRY, GPU, SETTINGS, linear_calls
 from mmpeft_fast.models import FAMILIES
 
@@ -101,6 +103,14 @@ def test_bytes_of_a_profile_are_operands_and_results():
 )  # fmt: skip
 def test_kernels_are_told_apart(kernel, kind):
     assert profile.kind_of(kernel) == kind
+
+
+def test_kernels_of_our_own_are_never_among_the_others():
+    rows = tuned.read_rows(Path(profile.__file__).parents[1] / "results" / "nvidia-h200" / "rows.jsonl")
+    names = {kernel[0] for row in rows for kernel in row.get("kernels", ())}
+    ours = {name for name in names if name.startswith("_") or "mmpeft" in name}
+    assert len(ours) > 10 and "elementwise" not in {profile.kind_of(name) for name in ours}
+    assert {profile.kind_of(name) for name in names if "nvjet" in name} == {"library GEMM"}
 
 
 def test_a_graph_falls_back_to_the_step_without_a_gpu():

@@ -1,6 +1,7 @@
 """Timing against a simulated device: what is GPU time stays GPU time, whoever comes first and however slow the host."""
 
 import pytest
+import torch
 
 from bench.gpu.timing import device_of, timed
 
@@ -98,3 +99,36 @@ def test_rounds_end_with_the_time_and_functions_take_turns():
 def test_a_cpu_is_timed_by_its_clock():
     (times,) = timed({"f": lambda: sum(range(1000))}, device_of("cpu"), rounds=3).values()
     assert all(device_ms >= host_ms > 0 for device_ms, host_ms in zip(*times, strict=True))
+
+
+def test_a_gpu_is_kept_busy_for_the_milliseconds_that_were_asked_for(monkeypatch):
+    """The driver's calls as a simulated device: 2 million cycles a millisecond."""
+    device, flushes = Simulated(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device.mark()
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Buffer:
+        def zero_(self):
+            flushes.append(device.mark())
+
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: device.launch(0.005, cycles / 2e6))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
+    monkeypatch.setattr(torch, "empty", lambda size, **options: Buffer())
+    gpu = device_of("cuda")
+    assert not flushes  # a step's peak memory has no part of the clock
+    gpu.busy(1.0)
+    before = device.device
+    gpu.busy(7.0)
+    assert device.device - before == pytest.approx(7.0, abs=0.01) and len(flushes) == 2
+    monkeypatch.setattr(gpu, "now", device.now)
+    for times in timed(functions(device), gpu, rounds=4).values():
+        assert times.device_ms == pytest.approx([0.08] * 4)
