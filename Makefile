@@ -56,7 +56,7 @@ sanitize: $(STAMP)
 		$(BIN)/python -m pytest -o pythonpath="build/sanitize ." -p no:cacheprovider tests/csrc $(ARGS)
 
 gpu: $(STAMP)
-	$(BIN)/python -m bench.gpu --out results/gpu
+	$(BIN)/python -m bench.gpu --out results/gpu --profile
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

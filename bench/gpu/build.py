@@ -9,6 +9,22 @@ from pathlib import Path
 
 from bench.gpu.repository import ROOT
 
+_ASK = "from mmpeft_fast.ops.csrc import why_no_cuda; raise SystemExit(why_no_cuda() is not None)"
+
+
+def is_built() -> bool:
+    """Whether an extension of an earlier build lies here that this torch can load, with its CUDA half; asked in a
+    process of its own, because one that does not fit may end it."""
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode == 0
+
 
 class Build:
     """A build that runs beside other work; what it prints is appended to `log`.
@@ -16,13 +32,12 @@ class Build:
     command: instead of the extension's own build.
     """
 
-    def __init__(self, log: Path, command: list[str] | None = None):
+    def __init__(self, log: Path, command: list[str] | None = None, jobs: int = 1):
         self._started, self._log = time.monotonic(), log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command or [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True,
-                env={**os.environ, "MAX_JOBS": str(os.cpu_count() or 1)},
+                stdout=output, stderr=output, start_new_session=True, env={**os.environ, "MAX_JOBS": str(jobs)},
             )  # fmt: skip
 
     def finish(self, seconds: float) -> dict[str, object]:

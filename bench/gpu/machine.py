@@ -1,16 +1,21 @@
 """The machine as the measurements saw it: device, driver, clocks, versions, and tools that are there."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 
+import torch
+
 from bench.gpu.repository import commit
+from mmpeft_fast.doctor import device_name, versions
 
 _QUERY = (
-    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu",
-    "power.draw", "power.limit", "memory.used", "persistence_mode",
+    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit",
+    "memory.used",
 )  # fmt: skip
-_TOOLS = ("nvcc", "ncu", "nsys", "compute-sanitizer", "cuobjdump", "c++")
+_TOOLS = ("nvcc", "ncu", "nsys", "compute-sanitizer", "c++")
+_COPY_BYTES = 1 << 30
 
 
 def clocks() -> dict[str, str]:
@@ -28,8 +33,6 @@ def clocks() -> dict[str, str]:
 
 def why_no_gpu() -> str | None:
     """One sentence on why nothing can be measured here, or None."""
-    import torch
-
     if torch.version.cuda is None:
         return (
             f"bench.gpu: expected a CUDA build of torch and an NVIDIA GPU, got torch {torch.__version__} without CUDA"
@@ -39,25 +42,29 @@ def why_no_gpu() -> str | None:
     return None
 
 
-def describe() -> Iterator[dict]:
-    """One row; run in a process of its own, because it starts CUDA."""
-    import torch
+def describe(device: str) -> Iterator[dict]:
+    """One row, with the rates that kernels are held to; in a process of its own, because it starts CUDA."""
+    row: dict = {
+        "device": device_name(device), "host_cores": os.cpu_count(), "versions": versions(),
+        "tools": [name for name in _TOOLS if shutil.which(name)], **commit(), **clocks(),
+    }  # fmt: skip
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        row |= {
+            "capability": list(torch.cuda.get_device_capability(0)), "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
+        }  # fmt: skip
+    yield row | rates(device)
 
-    from mmpeft_fast.doctor import versions
 
-    properties = torch.cuda.get_device_properties(0)
-    nvcc = shutil.which("nvcc")
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
-    yield {
-        "device": torch.cuda.get_device_name(0),
-        "capability": list(torch.cuda.get_device_capability(0)),
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "versions": versions(),
-        "nvcc": release.strip().split("\n")[-1] or None,
-        "tools": {name: shutil.which(name) is not None for name in _TOOLS},
-        **commit(),
-    }
+def rates(device: str) -> dict[str, float]:
+    """copy_gb_s: bytes read and written by a large copy; gemm_tflops: the library's bf16 GEMM at a 7B layer's size."""
+    from bench.gpu.timing import device_of, timed
+
+    size, (m, n, k) = (_COPY_BYTES, (4096, 11008, 4096)) if device == "cuda" else (1 << 20, (64, 64, 64))
+    source, x, w = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((size // 2,), (m, k), (k, n)))
+    target = torch.empty_like(source)
+    x.normal_(), w.normal_()
+    found = timed({"copy": lambda: target.copy_(source), "gemm": lambda: x @ w}, device_of(device))
+    copy_ms, gemm_ms = (found[name].row()["p20_ms"] for name in ("copy", "gemm"))
+    return {"copy_gb_s": 2 * size / copy_ms / 1e6, "gemm_tflops": 2 * m * n * k / gemm_ms / 1e9}

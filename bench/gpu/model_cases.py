@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from bench.gpu.judge import cloned, mapped, verdict
-from mmpeft_fast import METHODS, add_peft, fuse, make_method
+from mmpeft_fast import add_peft, fuse, make_method
 from mmpeft_fast import provider as forced
 
-FAMILIES = ("llava", "qwen2_vl")
-NAMES = tuple(f"{family} {method}" for family in FAMILIES for method in METHODS)
 # Errors of a tiny model are a few coin flips of rounding: they are judged over several models together.
 _NUM_MODELS = 3
 _SMALL = {"lora": {"r": 8, "alpha": 16, "dropout": 0.0}, "adapter": {"bottleneck": 16, "dropout": 0.0}}

@@ -12,12 +12,14 @@ from bench.gpu.shapes import DIMS, linear_calls
 from mmpeft_fast.ops.attention import HeadTransform, attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
+from mmpeft_fast.ops.norms import rms_norm_ref
+from mmpeft_fast.ops.rms_norm import rms_norm
 from mmpeft_fast.ops.segments import Branch, Segment
 
 
 class OpCase(NamedTuple):
-    """operands(dtype, device): keyword arguments of `op` and of its definition `ref`; floating tensors are
-    differentiated, except those under "frozen_<name>"."""
+    """operands(dtype, device, adapters): keyword arguments of `op` and of its definition `ref`, D and U in the dtype
+    `adapters`; floating tensors are differentiated, except those under "frozen_<name>"."""
 
     name: str
     ops: tuple[str, ...]
@@ -26,23 +28,29 @@ class OpCase(NamedTuple):
     ref: Callable[..., tuple[Tensor, ...]]
 
 
-def forward_and_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
-    """Outputs and the gradients of every differentiated operand, by name."""
-    leaves: dict[str, Tensor] = {}
+def with_leaves(operands: dict) -> tuple[dict, list[Tensor]]:
+    """The operands with leaves of autograd, and these; a leaf lies where its tensor lies: rows of one buffer stay rows
+    of one buffer."""
+    leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
-        """A leaf that lies where the tensor lies: rows of one buffer stay rows of one buffer."""
         if not tensor.is_floating_point():
             return tensor
-        leaves[f"d{len(leaves)}"] = tensor.detach().requires_grad_()
-        return leaves[f"d{len(leaves) - 1}"]
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
 
-    arguments = {name: value if name.startswith("frozen_") else mapped(value, leaf) for name, value in operands.items()}
+    given = {name: value if name.startswith("frozen_") else mapped(value, leaf) for name, value in operands.items()}
+    return given, leaves
+
+
+def forward_and_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
+    """Outputs and the gradients of every differentiated operand, by name."""
+    arguments, leaves = with_leaves(operands)
     outputs = function(**arguments)
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return {f"y{i}": y.detach() for i, y in enumerate(outputs)} | dict(zip(leaves, grads, strict=True))
+    grads = torch.autograd.grad(outputs, leaves, upstream)
+    return {f"y{i}": y.detach() for i, y in enumerate(outputs)} | {f"d{i}": grad for i, grad in enumerate(grads)}
 
 
 def _as_tuple(y) -> tuple[Tensor, ...]:
@@ -63,22 +71,23 @@ class _Settings(NamedTuple):
     residual: bool = False
 
 
-def _linear_operands(settings: _Settings, sizes, dtype, device) -> dict:
+def _linear_operands(settings: _Settings, sizes, dtype, device, adapters=None) -> dict:
     """Segments of one weight buffer, as `fuse` stacks them; branch parameters stacked likewise."""
     num_rows, width, num_out, rank = sizes
     torch.manual_seed(0)
     options, count = {"dtype": dtype, "device": device}, settings.num_segments
 
-    def matrices(num_rows: int, num_cols: int) -> tuple[Tensor, ...]:
-        return (torch.randn(count * num_rows, num_cols, **options) * num_cols**-0.5).split(num_rows)
+    def matrices(num_rows: int, num_cols: int, as_dtype=None) -> tuple[Tensor, ...]:
+        stacked = torch.randn(count * num_rows, num_cols, **options) * num_cols**-0.5
+        return stacked.to(as_dtype or dtype).split(num_rows)
 
     def vector(size: int, wanted: bool) -> Tensor | None:
         return torch.randn(size, **options) if wanted else None
 
     branches = [
         (
-            matrices(rank, num_out if position == "post" else width),
-            matrices(width if position == "pre" else num_out, rank),
+            matrices(rank, num_out if position == "post" else width, adapters),
+            matrices(width if position == "pre" else num_out, rank, adapters),
         )
         for position in settings.positions
     ]
@@ -128,7 +137,7 @@ _LINEAR = {
 _LINEAR_SIZES = ((1, 33, 40, 3), (17, 130, 72, 20), (130, 264, 328, 64))
 
 
-def _attention_operands(sizes, prefix, scales, mask, rows, dtype, device) -> dict:
+def _attention_operands(sizes, prefix, scales, mask, rows, norms, dtype, device, adapters=None) -> dict:
     batch, length, heads, kv_heads, head_dim = sizes
     torch.manual_seed(0)
     options, widths = {"dtype": dtype, "device": device}, [n * head_dim for n in (heads, kv_heads, kv_heads)]
@@ -147,20 +156,21 @@ def _attention_operands(sizes, prefix, scales, mask, rows, dtype, device) -> dic
         "frozen_angles": (angles.cos().to(dtype), angles.sin().to(dtype)),
         "scales": [torch.randn(width, **options) if scales else None for width in widths],
         "prefix": tuple(torch.randn(kv_heads, prefix, head_dim, **options) for _ in range(2)) if prefix else None,
+        "gains": [torch.rand(head_dim, **options) + 0.5 if norms else None for _ in range(2)],
         "frozen_mask": full,
         "rows": index,
     }
 
 
-def _attention(function, head_dim, *, q, k, v, frozen_angles, scales, prefix, frozen_mask, rows):
+def _attention(function, head_dim, *, q, k, v, frozen_angles, scales, gains, prefix, frozen_mask, rows):
     out = function(
         q, k, v, *frozen_angles, head_dim=head_dim, mask=frozen_mask, rows=rows, prefix=prefix,
-        q_how=HeadTransform(scales[0]), k_how=HeadTransform(scales[1]), v_scale=scales[2],
+        q_how=HeadTransform(scales[0], gains[0]), k_how=HeadTransform(scales[1], gains[1]), v_scale=scales[2],
     )  # fmt: skip
     return (out,)
 
 
-def _loss_operands(num_rows, width, num_words, dtype, device) -> dict:
+def _loss_operands(num_rows, width, num_words, dtype, device, adapters=None) -> dict:
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
     labels = torch.randint(num_words, (num_rows,), device=device)
@@ -177,16 +187,18 @@ def op_cases() -> Iterator[OpCase]:
     for name, settings in _LINEAR.items():
         for sizes in _LINEAR_SIZES:
             label = f"fused_linear {name} {'x'.join(map(str, sizes))}"
-            yield _linear_case(label, settings, sizes)
+            yield linear_case(label, settings, sizes)
     for label, sizes in (
         ("gqa", (2, 33, 6, 2, 64)), ("mha", (2, 130, 4, 4, 24)), ("llama-7b", (1, 700, 32, 32, 128)),
     ):  # fmt: skip
-        for prefix, scales, mask, rows in (
-            (0, False, False, False), (20, False, False, False), (20, False, True, False), (0, True, False, True),
-            (3, True, True, True),
+        for prefix, scales, mask, rows, norms in (
+            (0, False, False, False, False), (20, False, False, False, False), (20, False, True, False, False),
+            (0, True, False, True, False), (0, False, False, False, True), (3, True, True, True, True),
         ):  # fmt: skip
-            parts = ["prefix"] * bool(prefix) + ["scales"] * scales + ["mask"] * mask + ["rows"] * rows
-            operands = partial(_attention_operands, sizes, prefix, scales, mask, rows)
+            parts = (
+                ["prefix"] * bool(prefix) + ["scales"] * scales + ["mask"] * mask + ["rows"] * rows + ["norms"] * norms
+            )
+            operands = partial(_attention_operands, sizes, prefix, scales, mask, rows, norms)
             run = (partial(_attention, function, sizes[-1]) for function in (attention, attention_ref))
             yield OpCase(" ".join(["attention", label, *parts]), ("attention",), operands, *run)
     for sizes in ((1, 33, 40), (130, 264, 1000), (200, 512, 152064)):
@@ -194,17 +206,46 @@ def op_cases() -> Iterator[OpCase]:
         label = f"linear_cross_entropy {'x'.join(map(str, sizes))}"
         yield OpCase(label, ("linear_cross_entropy",), partial(_loss_operands, *sizes), *run)
     for dims in ("llama-7b", "qwen2.5-7b"):
-        for call, (prologue, width, num_outs, bias, residual) in linear_calls(DIMS[dims]).items():
-            settings = _Settings(prologue, num_segments=len(num_outs), bias=bias, residual=residual, **_LORA)
-            sizes = (1024, width, num_outs[0], 64)
-            yield _linear_case(f"fused_linear {dims} {call}", settings, sizes)
+        yield from layer_cases(dims, 64, 1024, 0.1)
+
+
+def layer_cases(dims: str, r: int, m: int, p: float) -> Iterator[OpCase]:
+    """The linear calls of a decoder layer with LoRA; every segment as wide as the first."""
+    for call, (prologue, width, num_outs, bias, residual) in linear_calls(DIMS[dims]).items():
+        settings = _Settings(prologue, ("parallel",), "identity", p, len(num_outs), bias, residual=residual)
+        yield linear_case(f"fused_linear {dims} {call} r{r} M{m}", settings, (m, width, num_outs[0], r))
+
+
+def timed_cases(dims: str, r: int, m: int, p: float) -> Iterator[OpCase]:
+    """One case an op at a decoder's sizes, the linear calls first."""
+    sizes = DIMS[dims]
+    yield from layer_cases(dims, r, m, p)
+    heads = (1, m, sizes.heads, sizes.kv_heads, sizes.head_dim)
+    run = (partial(_attention, function, sizes.head_dim) for function in (attention, attention_ref))
+    operands = partial(_attention_operands, heads, 20, False, False, False, False)
+    yield OpCase(f"attention {dims} prefix M{m}", ("attention",), operands, *run)
+    run = (partial(_norm, function) for function in (rms_norm, rms_norm_ref))
+    yield OpCase(f"rms_norm {dims} M{m}", ("rms_norm",), partial(_norm_operands, (m, sizes.hidden)), *run)
+    run = (partial(_loss, function) for function in (linear_cross_entropy, linear_cross_entropy_ref))
+    operands = partial(_loss_operands, m, sizes.hidden, sizes.vocab)
+    yield OpCase(f"linear_cross_entropy {dims} M{m}", ("linear_cross_entropy",), operands, *run)
+
+
+def _norm_operands(sizes, dtype, device, adapters=None) -> dict:
+    torch.manual_seed(0)
+    options = {"dtype": dtype, "device": device}
+    return {"x": torch.randn(*sizes, **options), "gain": torch.rand(sizes[-1], **options) + 0.5}
+
+
+def _norm(function, *, x, gain):
+    return (function(x, gain, 1e-6),)
 
 
 def _loss(function, *, x, frozen_weight, labels):
     return (function(x, frozen_weight, labels),)
 
 
-def _linear_case(label: str, settings: _Settings, sizes) -> OpCase:
+def linear_case(label: str, settings: _Settings, sizes) -> OpCase:
     ops = ("fused_linear", "rms_norm") if settings.prologue == "rms_norm" else ("fused_linear",)
     run = (partial(_linear, function, settings) for function in (fused_linear, fused_linear_ref))
     return OpCase(label, ops, partial(_linear_operands, settings, sizes), *run)

@@ -1,4 +1,4 @@
-"""Where this repository is, and what of it has to be importable though nothing is installed."""
+"""Where this repository is, what of it has to be importable though nothing is installed, and what lies beside it."""
 
 import shutil
 import subprocess
@@ -7,6 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
+# Compiled kernels of earlier runs. Both caches have sources, options and versions in their keys: what does not fit is
+# not found.
+_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 def make_importable() -> None:
@@ -23,11 +26,16 @@ def make_importable() -> None:
         sys.modules["tests"] = package
 
 
+def caches(folder: Path = ROOT / "build" / "gpu") -> dict[str, str]:
+    """Variables that let worker processes share compiled kernels with each other and with later runs."""
+    return {name: str(folder / kind) for name, kind in _CACHES.items()}
+
+
 def commit() -> dict[str, object]:
     """{"commit", "dirty"} of the working tree; None each where git or the repository's history is not there."""
     if shutil.which("git") is None:
         return {"commit": None, "dirty": None}
-    head, status = (_git(*arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    head, status = (_git(*arguments) for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")))
     return {"commit": head, "dirty": None if head is None else bool(status)}
 
 

@@ -1,167 +1,228 @@
-"""From measured rows to the table that `mmpeft_fast.ops.dispatch` reads: providers, ways of the GEMM, tiles."""
+"""From measured rows to the table that `mmpeft_fast.ops.dispatch` reads: providers, ways of the GEMMs, tiles.
 
+    python -m bench.gpu table ROWS.jsonl --out kernels/mmpeft_kernels/tuned
+
+Only what rows say is in the table: what no check speaks for is not proven, what was not timed keeps its default.
+"""
+
+import argparse
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
 from bench.gpu.judge import DTYPES
-from bench.gpu.tunables import Problem
-from bench.gpu.tuning import compile_key
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.ops import dispatch
 
-# A tile or a way has to win by more than two medians of the same thing differ.
+# A tile or a way has to win by more than two measurements of the same thing differ.
 _NOISE = 0.01
+# What a Triton GEMM has to gain over the library's, whose launch costs the host a fraction of Triton's: rows "layer".
+_KERNEL_GAIN = 0.05
 # The slowest row of a provider that is chosen because it is faster on the whole.
 _WORST_ROW = 1.05
-
-
+# Kinds of checks that have to speak for <provider>:<op>; for gemm:<way> its own kind.
+_KINDS_OF_PROOF = {"op", "model"}
+PROVIDERS = ("triton", "cuda")
 _GEMMS = {
     f"lowrank_gemm{suffix} {direction}": (direction, way)
     for suffix, way in (("", "triton"), ("_gluon", "gluon"))
     for direction in ("fwd", "dx")
 }
-WAYS = ("layout", "triton", "gluon")
 
 
-def failed(check_rows: Sequence[dict]) -> list[dict]:
-    """The checks that did not pass, those that crashed included."""
-    return [row for row in check_rows if not row.get("ok", False)]
+def of_section(rows: Iterable[dict], *names: str) -> list[dict]:
+    return [row for row in rows if row.get("section") in names]
 
 
-def _everything(providers: Sequence[str]) -> set[str]:
-    return {f"{name}:{op}" for name in providers for op in dispatch.OPS} | {f"gemm:{way}" for way in WAYS}
+def failed(rows: Iterable[dict]) -> list[dict]:
+    """The checks that speak against something; one that was ended for its time says nothing."""
+    return [row for row in of_section(rows, "checks") if not row.get("ok") and not row.get("unfinished")]
 
 
-def _touched(item: dict, providers: Sequence[str]) -> set[str]:
-    """What an item that gave no verdict leaves open."""
-    if item.get("kind") == "gemm" or "gluon" in item.get("name", ""):
-        return {f"gemm:{way}" for way in WAYS if way in item["name"]}
-    if "provider" in item:
-        return {f"{item['provider']}:{op}" for op in dispatch.OPS}
-    return _everything(providers)
+def _touched(row: dict) -> list[str]:
+    """What a check that ended without a verdict speaks against: all that it may have been about."""
+    if row.get("kind") == "gemm":
+        return [f"gemm:{row['name'].split()[0]}"]
+    return [f"{row['provider']}:{op}" for op in dispatch.OPS] if "provider" in row else []
 
 
-def unproven(check_rows: Sequence[dict], unfinished: Sequence[dict], providers: Sequence[str]) -> set[str]:
-    """<provider>:<op> and gemm:<way> that some check speaks against, or that a check was not made for.
+def proven(rows: Sequence[dict]) -> set[str]:
+    """<provider>:<op> and gemm:<way> that checks of every kind passed for and none failed for."""
+    against = {rest for row in failed(rows) for rest in row.get("rests") or _touched(row)}
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for row in of_section(rows, "checks"):
+        for rest in row["rests"] if row.get("ok") else ():
+            kinds[rest].add(row["check"].split(":")[0])
+    wanted = {rest: {"gemm"} if rest.startswith("gemm:") else _KINDS_OF_PROOF for rest in kinds}
+    return {rest for rest, found in kinds.items() if wanted[rest] <= found} - against
 
-    unfinished: items of `checks.items` that were not run; those in bf16 count.
+
+def providers(rows: Sequence[dict], allowed: set[str]) -> dict[str, str]:
+    """op -> the fastest provider that is proven; Triton where no row compares it with torch, torch where none is.
+
+    Slower than torch: the geometric mean of the ratios is 1 or more, or a row takes more than 1.05 times torch's.
     """
-    against: set[str] = set()
-    for row in failed(check_rows):
-        against |= set(row["rests"]) if "rests" in row else _touched(row, providers)
-    for item in unfinished:
-        against |= _touched(item, providers) if item["dtype"] == "bf16" else set()
-    named = {rest for row in check_rows for rest in row.get("rests", [])}
-    return against | (_everything(providers) - named)
+    found = {}
+    for op in dispatch.OPS:
+        times: dict[str, dict[str, float]] = defaultdict(dict)
+        for row in of_section(rows, "ops"):
+            if row.get("op") == op and row.get("mode") == "eager" and "p20_ms" in row:
+                times[row["implementation"]][row["case"]] = row["p20_ms"]
+        means: dict[str, float] = {"torch": 1.0}
+        unmeasured = []
+        for name in PROVIDERS:
+            ratios = [times[name][case] / times["torch"][case] for case in times[name].keys() & times["torch"].keys()]
+            if f"{name}:{op}" not in allowed:
+                continue
+            if not ratios:
+                unmeasured.append(name)
+            elif max(ratios) <= _WORST_ROW:
+                means[name] = geometric_mean(ratios)
+        measured = min(means, key=means.get)
+        found[op] = unmeasured[0] if measured == "torch" and unmeasured else measured
+    return found
 
 
-def good_tiles(trial_rows: Sequence[dict], kernel: str, problem: Problem) -> list[dict | None]:
-    """The candidates of a problem that compiled, were right and did not spill."""
-    key = compile_key(kernel, problem)
-    return [row["tile"] for row in trial_rows if row["kernel"] == kernel and row.get("key") == key and row["ok"]]
+# Of one bucket: for every size that was measured, milliseconds by what ran (the tile's fields or a name, as JSON).
+_Sizes = list[dict[str, float]]
 
 
-def _by_bucket(rows: Sequence[dict]) -> dict[tuple[str, str], list[list[dict]]]:
-    """(kernel, bucket) -> the rows of each of its problems."""
-    problems: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        if "sizes" in row:
-            problems[row["kernel"], row["dtype"], tuple(row["sizes"].items())].append(row)
-    buckets: dict[tuple[str, str], list[list[dict]]] = defaultdict(list)
-    for (kernel, dtype, sizes), measured in problems.items():
-        buckets[kernel, dispatch.bucket(DTYPES[dtype], **dict(sizes))].append(measured)
+def _by_bucket(rows: Sequence[dict]) -> dict[tuple[str, str], _Sizes]:
+    """(kernel, bucket) -> times by size.
+
+    Host time can only add to a row, so the 20th percentile is taken and the least of equal sizes. A row without
+    `host_ms` was measured before calls had a head start: the first of its round holds host time and is left out.
+    """
+    rounds: dict[tuple, list[dict]] = defaultdict(list)
+    for row in of_section(rows, "tiles"):
+        if "p20_ms" in row:
+            rounds[row["kernel"], row["dtype"], tuple(row["sizes"].items()), row.get("call")].append(row)
+    sizes: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for (kernel, dtype, size, _), measured in rounds.items():
+        times = sizes[kernel, dtype, size]
+        for row in measured if "host_ms" in measured[0] else measured[1:]:
+            name = json.dumps(row["tile"])
+            times[name] = min(row["p20_ms"], times.get(name, float("inf")))
+    buckets: dict[tuple[str, str], _Sizes] = defaultdict(list)
+    for (kernel, dtype, size), times in sizes.items():
+        buckets[kernel, dispatch.bucket(DTYPES[dtype], **dict(size))].append(times)
     return buckets
 
 
-def _relative(measured: list[list[dict]], wanted) -> dict[str, float]:
-    """Mean time relative to the problem's fastest, by tile (as JSON), of the tiles that every problem has."""
+def _is_tile(name: str) -> bool:
+    return not name.startswith('"')
+
+
+def _best_tile(measured: _Sizes) -> str | None:
+    """The tile (as JSON) that is on the mean nearest to the fastest of each size; "null" unless it is beaten clearly.
+
+    Only tiles that every size has are compared.
+    """
     ratios: dict[str, list[float]] = defaultdict(list)
-    for rows in measured:
-        times = {json.dumps(row["tile"]): row["p50_ms"] for row in rows if wanted(row["tile"])}
-        for tile, time in times.items():
-            ratios[tile].append(time / min(times.values()))
-    return {tile: fmean(values) for tile, values in ratios.items() if len(values) == len(measured)}
+    for times in measured:
+        tiles = {name: time for name, time in times.items() if _is_tile(name)}
+        for name, time in tiles.items():
+            ratios[name].append(time / min(tiles.values()))
+    means = {name: fmean(values) for name, values in ratios.items() if len(values) == len(measured)}
+    best = min(means, key=means.get, default=None)
+    return best if best is None or means[best] < means.get("null", float("inf")) * (1 - _NOISE) else "null"
+
+
+def gemm_ways(rows: Sequence[dict], allowed: set[str]) -> dict[str, str]:
+    """ "fwd <bucket>" and "dx <bucket>" -> the fastest way to run the GEMM that is proven."""
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (kernel, bucket), measured in _by_bucket(rows).items():
+        if kernel not in _GEMMS:
+            continue
+        direction, way = _GEMMS[kernel]
+        for times in measured:
+            # Ratios to the library's bare GEMM of the same turn compare across kernels that were timed apart.
+            bare = times.get('"bare"')
+            if bare is None:  # cut off between two rows
+                continue
+            ways = ratios[f"{direction} {bucket}"]
+            own = [time for name, time in times.items() if _is_tile(name)]
+            if own:
+                ways[way].append(min(own) / bare)
+            for name, library in (('"torch"', "composite"), ('"layout"', "layout")):
+                if name in times:
+                    ways[library].append(times[name] / bare)
+    found = {}
+    for key, ways in ratios.items():
+        means = {way: fmean(values) for way, values in ways.items()}
+        chosen, time = "composite", means.get("composite", float("inf"))
+        for way, gain in (("layout", _NOISE), ("triton", _KERNEL_GAIN), ("gluon", _KERNEL_GAIN)):
+            if f"gemm:{way}" not in allowed or way not in means:
+                continue
+            # Of two kernels the faster one.
+            if means[way] < time * (1 - (_NOISE if chosen == "triton" else gain)):
+                chosen, time = way, means[way]
+        found[key] = chosen
+    return found
+
+
+def other_ways(rows: Sequence[dict]) -> dict[str, dict[str, str]]:
+    """kernel -> bucket -> "composite" where the library's GEMMs beat the best tile of a kernel that is no GEMM."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for (kernel, bucket), measured in _by_bucket(rows).items():
+        if kernel in _GEMMS:
+            continue
+        ratios = [
+            times['"torch"'] / min(time for name, time in times.items() if _is_tile(name))
+            for times in measured
+            if '"torch"' in times and any(map(_is_tile, times))
+        ]
+        if ratios and fmean(ratios) < 1 - _NOISE:
+            found[kernel][bucket] = "composite"
+    return dict(found)
 
 
 def tiles(rows: Sequence[dict], ways: Mapping[str, str]) -> dict[str, dict[str, dict[str, int]]]:
     """kernel -> bucket -> the fields of the fastest tile, where that is not the kernel's default.
 
-    ways: as `gemm_ways` gives them: a GEMM's tile is that of its fastest kernel.
+    ways: as `gemm_ways` gives them: a GEMM's tile is that of its way.
     """
     found: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     for (kernel, bucket), measured in _by_bucket(rows).items():
+        name = kernel
         if kernel in _GEMMS:
             direction, way = _GEMMS[kernel]
+            name = f"lowrank_gemm {direction}"
             if ways.get(f"{direction} {bucket}") != way:
                 continue
-            kernel = f"lowrank_gemm {direction}"
-        relative = _relative(measured, lambda tile: not isinstance(tile, str))
-        if relative:
-            best = min(relative, key=relative.get)
-            if best != "null" and relative[best] < relative.get("null", float("inf")) * (1 - _NOISE):
-                found[kernel][bucket] = json.loads(best)
+        best = _best_tile(measured)
+        if best not in (None, "null"):
+            found[name][bucket] = json.loads(best)
     return dict(found)
 
 
-def gemm_ways(rows: Sequence[dict], excluded: set[str]) -> dict[str, str]:
-    """ "fwd <bucket>" and "dx <bucket>" -> the fastest way to run the GEMM whose checks passed."""
-    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (kernel, bucket), measured in _by_bucket(rows).items():
-        if kernel not in _GEMMS:
-            continue
-        direction, way = _GEMMS[kernel]
-        for problem in measured:
-            # Ratios to the library's bare GEMM of the same turn compare across kernels that were timed apart.
-            by_tile = {json.dumps(row["tile"]): row["p50_ms"] for row in problem}
-            bare = by_tile.pop('"bare"', None)
-            if bare is None:  # cut off between two rows
-                continue
-            ways = times[f"{direction} {bucket}"]
-            own = [time for tile, time in by_tile.items() if not tile.startswith('"')]
-            if own:
-                ways[way].append(min(own) / bare)
-            for tile, name in (('"torch"', "composite"), ('"layout"', "layout")):
-                if tile in by_tile:
-                    ways[name].append(by_tile[tile] / bare)
-    found = {}
-    for key, ways in times.items():
-        allowed = {way: fmean(ratios) for way, ratios in ways.items() if f"gemm:{way}" not in excluded}
-        best = min(allowed, key=allowed.get)
-        found[key] = best if allowed[best] < allowed.get("composite", float("inf")) * (1 - _NOISE) else "composite"
-    return found
+def table(rows: Sequence[dict], source: str) -> dispatch.Table:
+    """Everything that the rows prove. source: what a user is told the choices come from."""
+    allowed = proven(rows)
+    ways = gemm_ways(rows, allowed)
+    device = next((row["device"] for row in of_section(rows, "machine")), "unknown")
+    return dispatch.Table(
+        device=device, source=source, providers=providers(rows, allowed), gemm=ways, tiles=tiles(rows, ways),
+        ways=other_ways(rows),
+    )  # fmt: skip
 
 
-def providers(op_rows: Sequence[dict], excluded: set[str], names: Sequence[str]) -> dict[str, str]:
-    """op -> the fastest of the providers `names` whose checks all passed and whose rows beat torch's, else "torch".
-
-    Beating: the geometric mean of the ratios is below 1, and no row is slower than 1.05 times torch's.
-    """
-    found = {}
-    for op in dispatch.OPS:
-        times: dict[str, dict[str, float]] = defaultdict(dict)
-        for row in op_rows:
-            if row.get("op") == op and row.get("mode") == "eager" and "p50_ms" in row:
-                times[row["implementation"]][row["case"]] = row["p50_ms"]
-        means = {"torch": 1.0}
-        for name in names:
-            cases = times[name].keys() & times["torch"].keys()
-            ratios = [times[name][case] / times["torch"][case] for case in cases]
-            if ratios and max(ratios) <= _WORST_ROW and f"{name}:{op}" not in excluded:
-                means[name] = geometric_mean(ratios)
-        found[op] = min(means, key=means.get)
-    return found
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file; a last line that was cut off is left out."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
-def write_table(folder: Path, table: dispatch.Table) -> Path:
+def write_table(folder: Path, made: dispatch.Table) -> Path:
     """Writes the table as `dispatch.tables` reads it; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{dispatch.slug(table.device)}.json"
-    write_text(path, json.dumps(asdict(table), indent=1, sort_keys=True) + "\n")
+    path = folder / f"{dispatch.slug(made.device)}.json"
+    write_text(path, json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
     return path
 
 
@@ -179,3 +240,33 @@ def installed(folder: Path | None) -> Iterator[None]:
     finally:
         dispatch.tuned_folder = committed
         dispatch.read_again()
+
+
+@contextmanager
+def forced(
+    kernel: str | None = None, fields: Mapping[str, int] | None = None, way: str = "triton"
+) -> Iterator[Callable[[Mapping[str, int] | None], None]]:  # fmt: skip
+    """Inside, the Triton kernel set reads no table: `kernel` has the tile `fields` (None: its default), all others
+    their defaults, and GEMMs run by `way`. Gives a function that changes the tile."""
+    tile = [fields]
+    committed = dispatch.tile_fields, dispatch.gemm_realisation
+    dispatch.tile_fields = lambda name, x, **sizes: tile[0] if name == kernel else None
+    dispatch.gemm_realisation = lambda *args, **options: way
+    try:
+        with installed(Path("no tables")):
+            yield functools.partial(tile.__setitem__, 0)
+    finally:
+        dispatch.tile_fields, dispatch.gemm_realisation = committed
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu table", description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path, help="rows.jsonl of a run of bench.gpu")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder that the table is written to")
+    args = parser.parse_args(arguments)
+    try:
+        rows = read_rows(args.rows)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.rows}: expected rows of bench.gpu, got {type(error).__name__}: {error}")
+    print(write_table(args.out, table(rows, args.rows.as_posix())))
+    return 0

@@ -1,12 +1,13 @@
-"""A process that does one item of work after another, so that a crash or a lost GPU costs one item: see `workers`.
+"""A process that does one item of work after another: see `workers`.
 
-    python -m bench.gpu.worker MODULE:FUNCTION      items on stdin, one JSON object of keyword arguments a line
+    python -m bench.gpu.worker MODULE      items on stdin: {"work": "module:function", "args": {...}, "fresh": bool}
 
-FUNCTION(**item) gives rows (dicts), each of which becomes a line {"row": ...} on stdout; {"done": true} ends the item.
+function(**args) gives rows (dicts), each of which becomes a line {"row": ...} on stdout; {"done": ..., "last": ...}
+ends the item. MODULE is imported before the first item comes. The process ends with an item that wants it to itself
+(fresh), that raised, or after which the device fails: nothing that an item spoiled is left for the next one.
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -21,17 +22,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def device_errors() -> tuple[type[Exception], ...]:
-    """What a device may answer instead of a result: out of memory, a launch or a compile that fails."""
-    if importlib.util.find_spec("triton") is None:
-        return (RuntimeError,)
-    from triton.errors import TritonError
-
-    return RuntimeError, TritonError
-
-
-def device_is_lost() -> bool:
-    """Whether CUDA has failed for good in this process: every later call would fail too."""
+def _device_is_lost() -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -47,25 +38,29 @@ def main(arguments: list[str]) -> int:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     make_importable()
-    module, function = arguments[0].split(":")
-    work = getattr(importlib.import_module(module), function)
+    importlib.import_module(arguments[0])
 
-    def say(message: dict) -> None:
+    def say(**message) -> None:
         results.write(json.dumps(message) + "\n")
         results.flush()
 
     for line in sys.stdin:
         item = json.loads(line)
+        is_last = item.get("fresh", False)
         try:
-            for row in work(**item):
-                say({"row": row})
-        except Exception as error:  # the boundary of an item: whatever went wrong is its row, and the next item runs
+            module, function = item["work"].split(":")
+            for row in getattr(importlib.import_module(module), function)(**item["args"]):
+                say(row=row)
+        except Exception as error:  # the boundary of an item: whatever went wrong is its row
             traceback.print_exc()
-            say({"row": {"error": one_line(error)}})
-        is_lost = device_is_lost()
-        say({"done": True, "is_last": is_lost})
-        if is_lost:
-            return 1
+            # Memory that other processes held says nothing about the work.
+            say(row={"error": one_line(error), "unfinished": type(error).__name__ == "OutOfMemoryError"})
+            is_last = True
+        is_last = _device_is_lost() or is_last
+        say(done=True, last=is_last)
+        if is_last:
+            results.close()
+            os._exit(0)  # at once: a device that is lost hangs the interpreter's end
     return 0
 
 

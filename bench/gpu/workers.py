@@ -1,4 +1,8 @@
-"""Runs items of work in worker processes under a deadline: a crash, a hang or a lost GPU ends one item, not the run."""
+"""Runs items of work in worker processes under a deadline: a crash, a hang or a lost GPU ends one item, not the run.
+
+An item is {"work": "module:function", "args": {...}} and, if it is so, "fresh": True for a process of its own and
+"seconds", the most that it may take.
+"""
 
 import contextlib
 import json
@@ -14,33 +18,38 @@ from pathlib import Path
 
 from bench.gpu.repository import ROOT
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 
 
 class _Worker:
-    """One process at a time and the thread that feeds it; a process that died is replaced while items remain."""
+    """One process at a time and the thread that feeds it. While an item has a process to itself, the next one's
+    process is started and imports what it needs."""
 
     def __init__(self, run: "_Run"):
         self.run = run
         self.process: subprocess.Popen | None = None
+        self.spare: subprocess.Popen | None = None
         self.item: dict | None = None
         self.since = 0.0
         self.killed_for: str | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def kill(self, reason: str) -> None:
-        """Ends the process and what it started."""
-        process = self.process
-        if process is not None and process.poll() is None:
-            self.killed_for = reason
-            with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
-                os.killpg(process.pid, signal.SIGKILL)
+    def kill(self, reason: str, *, everything: bool = False) -> None:
+        """Ends the process and what it started; with `everything` the one that waits, too."""
+        for process in (self.process, self.spare if everything else None):
+            if process is not None and process.poll() is None:
+                self.killed_for = reason
+                with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _work(self) -> None:
         while (item := self.run.next_item()) is not None:
             if self.process is None or self.process.poll() is not None:
-                self.process = self.run.start_process()
+                self.process, self.spare = self.spare or self.run.start_process(item), None
+            if item.get("fresh") and self.run.has_more():
+                self.spare = self.run.start_process(item)
+            self.killed_for = None
             self.item, self.since = item, time.monotonic()
             finished = self._one(item)
             self.item = None
@@ -48,13 +57,14 @@ class _Worker:
                 code = self.process.wait()
                 if self.run.stopped:
                     self.run.unfinished.append(item)
+                elif self.killed_for:
+                    self.run.on_row(item, {"error": self.killed_for, "unfinished": True})
                 else:
-                    self.run.on_row(item, {"error": self.killed_for or f"the process died with status {code}"})
-                self.killed_for = None
-        if self.process is not None:
+                    self.run.on_row(item, {"error": f"the process died with status {code}"})
+        for process in filter(None, (self.process, self.spare)):
             with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-            self.process.wait()
+                process.stdin.close()
+            process.wait()
 
     def _one(self, item: dict) -> bool:
         """Whether the process got through the item."""
@@ -68,7 +78,7 @@ class _Worker:
                 return False
             message = json.loads(line)
             if "done" in message:
-                if message["is_last"]:
+                if message["last"]:
                     self.process.wait()
                 return True
             self.run.on_row(item, message["row"])
@@ -76,8 +86,8 @@ class _Worker:
 
 
 class _Run:
-    def __init__(self, work: str, items: Sequence[dict], on_row, environment: Mapping[str, str], log: Path):
-        self.work, self.environment, self.log = work, environment, log
+    def __init__(self, items: Sequence[dict], on_row, environment: Mapping[str, str], log: Path):
+        self.environment, self.log = environment, log
         self._items, self._lock = deque(items), threading.Lock()
         self._on_row = on_row
         self.stopped = False
@@ -86,6 +96,10 @@ class _Run:
     def next_item(self) -> dict | None:
         with self._lock:
             return self._items.popleft() if self._items and not self.stopped else None
+
+    def has_more(self) -> bool:
+        with self._lock:
+            return bool(self._items) and not self.stopped
 
     def stop(self) -> None:
         """No further item is started."""
@@ -100,8 +114,8 @@ class _Run:
         with self._lock:
             self._on_row(item, row)
 
-    def start_process(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "bench.gpu.worker", self.work]
+    def start_process(self, item: dict) -> subprocess.Popen:
+        command = [sys.executable, "-m", "bench.gpu.worker", item["work"].split(":")[0]]
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **self.environment}, stdin=subprocess.PIPE,
@@ -110,49 +124,46 @@ class _Run:
 
 
 def run_items(
-    work: str,
     items: Sequence[dict],
     on_row: Callable[[dict, dict], None],
     *,
     seconds: float,
     log: Path,
-    num_processes: int = 1,
-    item_seconds: float = float("inf"),
+    processes: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> list[dict]:
-    """Runs `work` ("module:function") on every item, in order, in worker processes.
+    """Runs items in order.
 
     Args:
-        items: keyword arguments of the function, JSON-able.
         on_row: called with (item, row) for every row, by one thread at a time. An item that fails gives a row with
-            "error".
+            "error", and with "unfinished" where it was only too slow.
         seconds: after these everything still running is ended.
         log: file that the processes' stderr is appended to.
-        item_seconds: the most that one item may take.
         environment: variables to add for the processes.
 
     Returns:
         The items that were not done in time; one that was cut off may have given some of its rows.
     """
     deadline = time.monotonic() + seconds
-    run = _Run(work, items, on_row, environment or {}, log)
-    if seconds <= 0:
+    run = _Run(items, on_row, environment or {}, log)
+    if seconds <= 0 or not items:
         return run.left()
-    workers = [_Worker(run) for _ in range(max(1, min(num_processes, len(items))))]
+    workers = [_Worker(run) for _ in range(max(1, min(processes, len(items))))]
     try:
         while any(worker.thread.is_alive() for worker in workers):
             now = time.monotonic()
             if now > deadline:
                 break
             for worker in workers:
-                if worker.item is not None and now - worker.since > item_seconds:
-                    worker.kill(f"ran longer than {item_seconds:g} s")
+                item = worker.item
+                if item is not None and now - worker.since > item.get("seconds", float("inf")):
+                    worker.kill(f"ran longer than {item['seconds']:g} s")
             time.sleep(_POLL_SECONDS)
     finally:
         run.stop()
         # A worker may be just starting its process: kill until every thread has seen the end.
         while any(worker.thread.is_alive() for worker in workers):
             for worker in workers:
-                worker.kill("cut off")
+                worker.kill("cut off", everything=True)
             time.sleep(_POLL_SECONDS)
     return run.left()

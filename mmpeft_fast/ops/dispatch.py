@@ -35,7 +35,8 @@ class Table:
     """What was measured on one GPU.
 
     device: its name; providers: op -> proven provider; gemm: bucket -> composite | layout | triton | gluon | cuda;
-    tiles: kernel -> bucket -> fields of the kernel's tile; source: the results file the choices come from.
+    tiles: kernel -> bucket -> fields of the kernel's tile; ways: kernel that is no GEMM -> bucket -> "composite" where
+    library GEMMs are faster than it (identity activations); source: the results file the choices come from.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Table:
     providers: Mapping[str, str] = field(default_factory=dict)
     gemm: Mapping[str, str] = field(default_factory=dict)
     tiles: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    ways: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def slug(device_name: str) -> str:
