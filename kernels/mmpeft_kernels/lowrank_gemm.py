@@ -12,9 +12,11 @@ from math import gcd
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.row_chunks import num_multiprocessors
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.shared_memory import Footprint
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Rows of tiles that run side by side and share their columns of W in L2.
 GROUP_M = 8
@@ -100,7 +102,7 @@ def _lowrank_gemm_kernel(
                     u = _load_block(u_ptr, stride_u, first_col, r, end_col, num_ranks, BLOCK_N, BLOCK_R, False).T
                 else:
                     u = _load_block(u_ptr, stride_u, rank, first_col, end_rank, end_col, BLOCK_R, BLOCK_N, False)
-                acc = tl.dot(z, u.to(z.dtype), acc, input_precision="ieee")
+                acc = tl.dot(z, u, acc, input_precision="ieee")
             acc *= scaling
 
         # Phase 2: the frozen GEMM.
@@ -139,7 +141,7 @@ def lowrank_gemm(
     transposed=True (forward): x [M, K], weight [N, K], z [M, sum of ranks], u [N, R] with R at least the largest rank:
         output column n of segment i adds `scaling * sum_r z[:, first_rank_i + r] u[n, r]` over r < rank_i.
     transposed=False (dx): x [M, K], weight [K, N], z [M, R], u [R, N]; one segment.
-    segments: columns and ranks, in order; one segment when None. u may be wider in dtype than x.
+    segments: columns and ranks, in order; one segment when None. u of any float dtype, read in x's.
     bias, scale [N] any float dtype; residual [M, N], added last; out: written where given (a view of a wider buffer
     may be). num_programs: persistent programs, one for each multiprocessor when None.
 
@@ -156,26 +158,34 @@ def lowrank_gemm(
     out = x.new_empty(num_rows, num_out) if out is None else out
     if not out.numel():
         return out
-    if tile.use_tma:
-        check_tma(tile, segments, x=x, weight=weight, out=out, **({} if residual is None else {"residual": residual}))
-    operand = _descriptor if tile.use_tma else lambda matrix, block: matrix
-    tiles = column_tiles(segments, tile.block_n, x.device)
-    num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
-    _lowrank_gemm_kernel[(min(num_tiles, num_programs or num_multiprocessors(x.device)),)](
-        operand(x, [tile.block_m, tile.block_k]),
-        operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
-        z if rank else None, u if rank else None, bias, scale,
-        None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
-        operand(out, [tile.block_m, tile.block_n]), tiles,
-        num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
-        u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
-        TRANSPOSED=transposed, USE_TMA=tile.use_tma,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_R=padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k),
-        COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
-        RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
-        GROUP_M=GROUP_M, **tile.options,
-    )  # fmt: skip
+    # Every row block reads all of U: wider than x, it would fill twice the shared memory for the same product.
+    u = u.to(x.dtype) if rank else None
+    checked = {"x": x, "weight": weight, "out": out, **({} if residual is None else {"residual": residual})}
+
+    def attempt(tile: GemmTile) -> None:
+        if tile.use_tma:
+            check_tma(tile, segments, **checked)
+        operand = _descriptor if tile.use_tma else lambda matrix, block: matrix
+        tiles = column_tiles(segments, tile.block_n, x.device)
+        num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
+        launch(
+            _lowrank_gemm_kernel, (min(num_tiles, num_programs or num_multiprocessors(x.device)),), x.device,
+            operand(x, [tile.block_m, tile.block_k]),
+            operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
+            z if rank else None, u, bias, scale,
+            None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
+            operand(out, [tile.block_m, tile.block_n]), tiles,
+            num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
+            u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
+            TRANSPOSED=transposed, USE_TMA=tile.use_tma,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            BLOCK_R=padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k),
+            COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
+            RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
+            GROUP_M=GROUP_M, **tile.options,
+        )  # fmt: skip
+
+    fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size()), tile, x.device, attempt)
     return out
 
 

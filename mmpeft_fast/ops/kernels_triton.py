@@ -208,9 +208,17 @@ def dy_pass(
     need_dup: Sequence[bool],
     launch=dy_pass_launch,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """As `kernels_torch.dy_pass`: one pass over all dy where they are columns of one buffer and agree in the rest."""
+    """As `kernels_torch.dy_pass`: one pass over all dy where they are columns of one buffer and agree in the rest.
+    Where library GEMMs are faster (`dispatch.dy_realisation`), those run."""
     kinds = {(s, f, up.shape[1], up.dtype) for s, f, up in zip(scalings, activations, ups, strict=True)}
     dy = stacking.as_columns(dys) if len(kinds) == 1 else None
+    if launch is dy_pass_launch and all(
+        dispatch.dy_realisation(dy_i if dy is None else dy, up.shape[1]) == "composite"
+        for dy_i, up in zip(dys, ups, strict=True)
+    ):
+        return kernels_torch.dy_pass(
+            dys, a, ups, scalings=scalings, activations=activations, need_da=need_da, need_dup=need_dup
+        )
     if dy is None:
         pairs = [
             _dy_pass(launch, [a_i], [up], dy_i, s, f, da, dup)
