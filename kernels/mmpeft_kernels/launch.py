@@ -6,7 +6,8 @@ says, the next smaller tile runs and is remembered for these operands on this de
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from triton.runtime.errors import OutOfResources
@@ -18,6 +19,7 @@ _Result = TypeVar("_Result")
 _logger = logging.getLogger(__name__)
 # (what a launch is called, its footprint, its device, the tile asked for) -> the tile that runs.
 _fitting: dict[tuple, Tile] = {}
+_exact = False
 
 
 def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
@@ -35,6 +37,17 @@ def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
     kernel[grid](*args, **options)
 
 
+@contextmanager
+def exact_tiles() -> Iterator[None]:
+    """Inside, a tile that does not fit is an error instead of a smaller one's launch: for measurements of tiles."""
+    global _exact
+    before, _exact = _exact, True
+    try:
+        yield
+    finally:
+        _exact = before
+
+
 def fitted(footprint: "shared_memory.Footprint", tile: Tile, device, attempt: Callable[[Tile], _Result]) -> _Result:
     """attempt(tile), or of the first smaller tile whose launch the device can hold.
 
@@ -42,8 +55,10 @@ def fitted(footprint: "shared_memory.Footprint", tile: Tile, device, attempt: Ca
     last.
 
     Raises:
-        OutOfResources: the smallest tile is too large too.
+        OutOfResources: the smallest tile is too large too, or `exact_tiles` forbids another one.
     """
+    if _exact:
+        return attempt(tile)
     key = (footprint, device, tile)
     chosen = _fitting.get(key)
     if chosen is None:

@@ -230,11 +230,8 @@ def _tuned_gemm(kernel: str, launcher: Callable, rank: int, dtype, tile) -> Call
 
 
 def _tuned_rows(kernel: str, case: str, rank: int, dtype, tile) -> Iterator[tuple[str, Callable]]:
-    import torch
-
     if kernel == "dy_pass":
-        for up_dtype in dict.fromkeys((dtype, torch.float32)):
-            yield f"{case} {up_dtype}", lambda u=up_dtype: _dy_pass(HIDDEN, 1, rank, dtype, u, tile=tile)
+        yield case, lambda: _dy_pass(HIDDEN, 1, rank, dtype, dtype, tile=tile)
         return
     for prologue in ("rms_norm", "swiglu"):  # which need what "none" needs, and more
         call = _Linear(prologue, HIDDEN, 1, rank, dtype, dtype, dropout=True)
@@ -260,7 +257,8 @@ def _cases(arch: int | str, dtype) -> Iterator[tuple[str, Callable]]:
     # Inputs of linears: q, k and v; gate and up; o; down.
     inputs = (("rms_norm", HIDDEN, 3), ("rms_norm", HIDDEN, 2), ("none", HIDDEN, 1), ("swiglu", INTERMEDIATE, 1))
     for (name, width, branches), rank in ((input, rank) for input in inputs for rank in ranks):
-        for dropped, adapters in ((d, a) for d in ((True, False) if full else (True,)) for a in adapter_dtypes):
+        # D in float32 is another kernel than D in bfloat16 whether or not there is dropout: once is enough.
+        for dropped, adapters in ((True, dtype), *(((False, dtype), (True, torch.float32)) if full else ())):
             call = _Linear(name, width, branches, rank, dtype, adapters, dropped)
             suffix = f"{name} r{call.rank}{'' if dropped else ' no dropout'}{'' if adapters == dtype else ' fp32 D'}"
             yield f"prologue {suffix}", call.forward
@@ -279,7 +277,7 @@ def _cases(arch: int | str, dtype) -> Iterator[tuple[str, Callable]]:
         tile = lowrank_gemm.default_tile(arch, dtype.itemsize, use_tma=use_tma)
         kind = "tma" if use_tma else "pointers"
         for rank, up_dtype in ((rank, up_dtype) for rank in (0, *ranks) for up_dtype in adapter_dtypes):
-            for branches in (3, 2, 1):
+            for branches in (3, 1):
                 yield (
                     f"lowrank_gemm forward {kind} r{rank} x{branches}{'' if up_dtype == dtype else ' fp32 U'}",
                     lambda b=branches, r=rank, u=up_dtype, t=tile: _gemm(

@@ -102,7 +102,7 @@ def _lowrank_gemm_kernel(
                     u = _load_block(u_ptr, stride_u, first_col, r, end_col, num_ranks, BLOCK_N, BLOCK_R, False).T
                 else:
                     u = _load_block(u_ptr, stride_u, rank, first_col, end_rank, end_col, BLOCK_R, BLOCK_N, False)
-                acc = tl.dot(z, u, acc, input_precision="ieee")
+                acc = tl.dot(z, u.to(z.dtype), acc, input_precision="ieee")
             acc *= scaling
 
         # Phase 2: the frozen GEMM.
@@ -141,7 +141,7 @@ def lowrank_gemm(
     transposed=True (forward): x [M, K], weight [N, K], z [M, sum of ranks], u [N, R] with R at least the largest rank:
         output column n of segment i adds `scaling * sum_r z[:, first_rank_i + r] u[n, r]` over r < rank_i.
     transposed=False (dx): x [M, K], weight [K, N], z [M, R], u [R, N]; one segment.
-    segments: columns and ranks, in order; one segment when None. u of any float dtype, read in x's.
+    segments: columns and ranks, in order; one segment when None. u may be wider in dtype than x.
     bias, scale [N] any float dtype; residual [M, N], added last; out: written where given (a view of a wider buffer
     may be). num_programs: persistent programs, one for each multiprocessor when None.
 
@@ -158,8 +158,7 @@ def lowrank_gemm(
     out = x.new_empty(num_rows, num_out) if out is None else out
     if not out.numel():
         return out
-    # Every row block reads all of U: wider than x, it would fill twice the shared memory for the same product.
-    u = u.to(x.dtype) if rank else None
+    wide = rank > 0 and u.element_size() > x.element_size()
     checked = {"x": x, "weight": weight, "out": out, **({} if residual is None else {"residual": residual})}
 
     def attempt(tile: GemmTile) -> None:
@@ -172,21 +171,28 @@ def lowrank_gemm(
             _lowrank_gemm_kernel, (min(num_tiles, num_programs or num_multiprocessors(x.device)),), x.device,
             operand(x, [tile.block_m, tile.block_k]),
             operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
-            z if rank else None, u, bias, scale,
+            z if rank else None, u if rank else None, bias, scale,
             None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
             operand(out, [tile.block_m, tile.block_n]), tiles,
             num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
             u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
             TRANSPOSED=transposed, USE_TMA=tile.use_tma,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            BLOCK_R=padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k),
+            BLOCK_R=block_of_ranks(segments, tile, wide),
             COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
             RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
             GROUP_M=GROUP_M, **tile.options,
         )  # fmt: skip
 
-    fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size()), tile, x.device, attempt)
+    fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size(), wide=wide), tile, x.device, attempt)
     return out
+
+
+def block_of_ranks(segments: Sequence[SegmentShape], tile: GemmTile, wide: bool) -> int:
+    """Ranks of a low-rank step: no deeper than a step of x W, half as deep where U is wide, so that neither step takes
+    more shared memory than the other."""
+    block = padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k)
+    return max(16, block // 2) if wide else block
 
 
 def check_tma(tile: GemmTile, segments: tuple[SegmentShape, ...], **operands) -> None:

@@ -92,7 +92,6 @@ def post_adapter(
     (num_rows, num_out), rank = y.shape, down.shape[0]
     if rank > MAX_RANK:
         raise ValueError(f"post_adapter: expected a rank of at most {MAX_RANK}, got {rank}")
-    down, up = down.to(y.dtype), up.to(y.dtype)
     out, a = y.new_empty(num_rows, num_out), y.new_empty(num_rows, rank)
     block_r = padded_rank(rank)
 
@@ -108,7 +107,8 @@ def post_adapter(
     if num_rows:
         arch, itemsize = architecture(y.device), y.element_size()
         tile = tile or default_tile(rank, itemsize, arch)
-        fitted(Footprint("post_adapter", arch, itemsize, block_r), tile, y.device, attempt)
+        wide = max(down.element_size(), up.element_size()) > itemsize
+        fitted(Footprint("post_adapter", arch, itemsize, block_r, wide=wide), tile, y.device, attempt)
     return out, a
 
 

@@ -27,7 +27,7 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
     if rank == 0:
         return Tile(block_m=4, block_n=1024, num_warps=4)
     if itemsize > 2:
-        return Tile(block_m=16, block_n=32 if padded_rank(rank) <= 64 else 16, num_warps=8, num_stages=2)
+        return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
     wide = padded_rank(rank) > 128
     if isinstance(arch, str):  # 64 KiB of shared memory
         return Tile(block_m=32, block_n=64, num_warps=8 if wide else 4, num_stages=2)
@@ -142,7 +142,6 @@ def prologue(
 
     num_rows, width = x.shape
     rank = 0 if down is None else down.shape[0]
-    down = down.to(x.dtype) if rank else None
     tile = tile or default_tile(rank, x.element_size(), architecture(x.device))
     changed = name != "none" or in_scale is not None
     h, z = h_out, z_out if rank else None
@@ -166,6 +165,9 @@ def prologue(
                 **tile.options,
             )  # fmt: skip
 
-        footprint = Footprint("prologue", architecture(x.device), x.element_size(), block_r if rank else 0, name)
+        wide = rank > 0 and down.element_size() > x.element_size()
+        footprint = Footprint(
+            "prologue", architecture(x.device), x.element_size(), block_r if rank else 0, name, wide=wide
+        )
         fitted(footprint, tile, x.device, attempt)
     return (x if write_h and h is None else h), rstd, a, (a if z is None else z)

@@ -161,7 +161,6 @@ def prologue_backward(
 
     num_rows, width = dh.shape
     rank = 0 if da is None else da.shape[1]
-    down = down.to(dh.dtype) if rank else None
     need_dgain = need_dgain and name == "rms_norm"
     need_din_scale = need_din_scale and in_scale is not None
     need_dup = need_dup and name == "swiglu"
@@ -186,7 +185,8 @@ def prologue_backward(
         return dgain, din_scale
 
     arch, itemsize = architecture(dh.device), dh.element_size()
-    footprint = Footprint("prologue_backward", arch, itemsize, block_r if rank else 0, name)
+    wide = rank > 0 and down.element_size() > itemsize
+    footprint = Footprint("prologue_backward", arch, itemsize, block_r if rank else 0, name, wide=wide)
     dgain, din_scale = fitted(footprint, tile or default_tile(rank, itemsize, arch), dh.device, attempt)
     return PrologueGrads(
         dx,

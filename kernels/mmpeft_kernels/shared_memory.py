@@ -28,7 +28,8 @@ class Footprint(NamedTuple):
     """What decides a launch's shared memory beside its tile.
 
     kernel: a name of `FORMULAS`; itemsize: bytes of an element of the operands; block_r: ranks (or the head dimension)
-    of a block, 0 without a branch; prologue: of the kernels that have one; wide: U is float32 under narrower operands.
+    of a block, 0 without a branch; prologue: of the kernels that have one; wide: D or U is float32 under narrower
+    operands.
     """
 
     kernel: str
@@ -68,12 +69,16 @@ def fit(footprint: Footprint, tile: Tile, limit: int | None) -> Tile:
     return tile
 
 
+def _by_warpgroup(f: Footprint, rows: int) -> bool:
+    """Whether a product of so many rows is a warpgroup's (or the tensor memory's), which reads from shared memory."""
+    return isinstance(f.arch, int) and 90 <= f.arch < 120 and rows >= 64 and f.itemsize == 2
+
+
 def _copies(f: Footprint, tile: Tile, rows: int) -> int:
     """Blocks that a pipelined loop holds of what it copies; 0 where nothing is copied ahead. rows: of its product."""
     if tile.num_stages == 1:
         return 0
-    by_warpgroup = isinstance(f.arch, int) and 90 <= f.arch < 120 and rows >= 64 and f.itemsize == 2
-    return tile.num_stages if by_warpgroup else tile.num_stages - 1
+    return tile.num_stages if _by_warpgroup(f, rows) else tile.num_stages - 1
 
 
 def _scratch(values: int) -> int:
@@ -81,45 +86,66 @@ def _scratch(values: int) -> int:
     return min(4 * values, _SCRATCH)
 
 
+def _adapter(f: Footprint, values: int, copies: int) -> int:
+    """Bytes of a block of D or U: what is copied ahead in its own dtype, cast for the product where it is wide."""
+    if not copies:
+        return f.itemsize * values
+    return 4 * copies * values + f.itemsize * values if f.wide else f.itemsize * copies * values
+
+
 def _prologue(f: Footprint, tile: Tile) -> int:
     h, copies = tile.block_m * tile.block_n, _copies(f, tile, tile.block_m)
     if not f.block_r:
         return _scratch(h)
-    down = f.block_r * tile.block_n
+    down = _adapter(f, f.block_r * tile.block_n, copies)
     inputs, gain = (2 if f.prologue == "swiglu" else 1), (tile.block_n if f.prologue == "rms_norm" else 0)
-    loop = (copies * (down + inputs * h + gain) if copies else down) + h
-    return max(f.itemsize * loop, _scratch(tile.block_m * f.block_r)) + _BARRIERS
+    loop = down + f.itemsize * (copies * (inputs * h + gain) + h)
+    return max(loop, _scratch(tile.block_m * f.block_r)) + _BARRIERS
 
 
 def _prologue_backward(f: Footprint, tile: Tile) -> int:
-    copies = max(1, _copies(f, tile, tile.block_m))
-    product = copies * f.itemsize * f.block_r * (tile.block_m + tile.block_n)
+    copies = _copies(f, tile, tile.block_m)
+    da = f.itemsize * max(1, copies) * f.block_r * tile.block_m
+    product = da + _adapter(f, f.block_r * tile.block_n, copies)
     return max(product, _scratch(tile.block_m * tile.block_n)) + _BARRIERS
 
 
 def _ddown(f: Footprint, tile: Tile) -> int:
     h, da, copies = tile.block_m * tile.block_n, tile.block_m * f.block_r, _copies(f, tile, f.block_r)
     inputs = 2 if f.prologue == "swiglu" else 1
-    rstd = 4 * tile.block_m if f.prologue == "rms_norm" else 0
-    loop = copies * (f.itemsize * (da + inputs * h) + rstd) + f.itemsize * inputs * h if copies else 2 * (da + h)
-    return max(loop if copies else f.itemsize * loop, _scratch(f.block_r * tile.block_n)) + _BARRIERS
+    rstd = 4 * tile.block_m * copies if f.prologue == "rms_norm" else 0
+    if not copies:
+        loop = 2 * (da + h)
+    elif _by_warpgroup(f, f.block_r):  # a second input is copied a step later, into the place of h
+        loop = copies * da + max(copies + 1, inputs * copies - 1) * h
+    else:
+        loop = copies * (da + inputs * h) + h
+    # A warpgroup's accumulator leaves in one piece.
+    accumulator = f.block_r * tile.block_n
+    leaving = 4 * accumulator if _by_warpgroup(f, f.block_r) else _scratch(accumulator)
+    return max(f.itemsize * loop + rstd, leaving) + _BARRIERS
 
 
 def _dy_pass(f: Footprint, tile: Tile) -> int:
     dy, z, u = tile.block_m * tile.block_n, tile.block_m * f.block_r, tile.block_n * f.block_r
-    copies = _copies(f, tile, max(tile.block_m, tile.block_n))
+    rows = max(tile.block_m, tile.block_n)
+    copies = _copies(f, tile, rows)
     if not copies:
         loop = f.itemsize * (u + 2 * dy + z) + 4 * z
+    elif _by_warpgroup(f, rows):
+        loop = f.itemsize * (u + copies * (dy + z)) + 4 * z
+    elif f.itemsize == 2:  # both products take dy from registers, by way of one block: only a is copied ahead
+        loop = f.itemsize * (u + copies * z + dy) + max(f.itemsize * z, min(6 * z, 16 * _KIB))
     else:
         loop = f.itemsize * (u + copies * (dy + z)) + max(4 * z, f.itemsize * dy)
-    return max(loop, (4 if f.wide else f.itemsize) * u, _scratch(u)) + _BARRIERS
+    return max(loop, _scratch(u)) + _BARRIERS
 
 
 def _post_adapter(f: Footprint, tile: Tile) -> int:
-    y, z, weight = tile.block_m * tile.block_n, tile.block_m * f.block_r, tile.block_n * f.block_r
+    y, z = tile.block_m * tile.block_n, tile.block_m * f.block_r
     copies = _copies(f, tile, tile.block_m)
-    loop = copies * (weight + y) + max(y, z) if copies else weight + max(y, z)
-    return max(f.itemsize * loop, _scratch(max(y, z))) + _BARRIERS
+    weight = _adapter(f, tile.block_n * f.block_r, copies)
+    return max(weight + f.itemsize * (copies * y + max(y, z)), _scratch(max(y, z))) + _BARRIERS
 
 
 def _prefix(f: Footprint, tile: Tile) -> int:
@@ -131,12 +157,15 @@ def _prefix_backward(f: Footprint, tile: Tile) -> int:
 
 
 def _gemm(f: Footprint, tile: Tile) -> int:
-    out, copies = tile.block_m * tile.block_n, max(1, _copies(f, tile, tile.block_m))
-    if tile.use_tma:  # the result waits beside the ring until its copy has left
-        ring = tile.num_stages * f.itemsize * (tile.block_m + tile.block_n) * tile.block_k
-        return ring + f.itemsize * out + _BARRIERS
-    # The low-rank steps' ring, never the larger one, is gone before x and W's is there.
-    return max(copies * f.itemsize * (tile.block_m + tile.block_n) * tile.block_k, _scratch(out)) + _BARRIERS
+    out, stages = tile.block_m * tile.block_n, max(1, _copies(f, tile, tile.block_m))
+    stages = tile.num_stages if tile.use_tma else stages
+    ring = stages * f.itemsize * (tile.block_m + tile.block_n) * tile.block_k
+    # The result waits beside the ring until its copy by TMA has left.
+    product = ring + f.itemsize * out if tile.use_tma else max(ring, _scratch(out))
+    # The ring of the low-rank steps is gone before that of x and W is there.
+    block_r = max(16, tile.block_k // 2) if f.wide else 0
+    low_rank = stages * f.itemsize * tile.block_m * block_r + _adapter(f, tile.block_n * block_r, stages)
+    return max(product, low_rank) + _BARRIERS
 
 
 FORMULAS: dict[str, Callable[[Footprint, Tile], int]] = {

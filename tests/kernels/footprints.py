@@ -10,6 +10,12 @@ _OPERAND = {
     "prologue": "x_ptr", "prologue_backward": "dh_ptr", "ddown": "x_ptr", "dy_pass": "dy_ptr", "post_adapter": "y_ptr",
     "prefix": "q_ptr", "prefix_backward": "q_ptr", "lowrank_gemm": "x", "lowrank_gemm_gluon": "x",
 }  # fmt: skip
+# Kernels that read an adapter's matrix, by its parameter.
+_READS = {
+    "down_ptr": ("prologue", "prologue_backward", "post_adapter"),
+    "up_ptr": ("post_adapter",),
+    "u_ptr": ("dy_pass", "lowrank_gemm"),
+}
 
 
 def footprint_of(launch: dict) -> tuple[Footprint, Tile] | None:
@@ -26,6 +32,9 @@ def footprint_of(launch: dict) -> tuple[Footprint, Tile] | None:
         block_m, block_n, block_k = (*_block(signature["out"]), _block(signature["x"])[1])
         return footprint, GemmTile(block_m=block_m, block_n=block_n, block_k=block_k, use_tma=True, **warps_and_stages)
     sizes = {"block_m": constants["BLOCK_M"]}
+    adapters = [signature[name] for name in ("down_ptr", "up_ptr", "u_ptr") if kernel in _READS.get(name, ())]
+    wide = any(_ITEMSIZE.get(_dtype(adapter), 0) > itemsize for adapter in adapters)
+    footprint = footprint._replace(wide=wide)
     if kernel == "lowrank_gemm":
         sizes |= {"block_n": constants["BLOCK_N"], "block_k": constants["BLOCK_K"], "use_tma": constants["USE_TMA"]}
         return footprint, GemmTile(**sizes, **warps_and_stages)
@@ -35,9 +44,8 @@ def footprint_of(launch: dict) -> tuple[Footprint, Tile] | None:
         )
     has_branch = constants.get("down_ptr", 0) is not None and constants.get("da_ptr", 0) is not None
     footprint = footprint._replace(
-        block_r=constants["BLOCK_R"] if has_branch else 0, prologue=constants.get("PROLOGUE", "none"),
-        wide=kernel == "dy_pass" and _ITEMSIZE[_dtype(signature["u_ptr"])] > itemsize,
-    )  # fmt: skip
+        block_r=constants["BLOCK_R"] if has_branch else 0, prologue=constants.get("PROLOGUE", "none")
+    )
     block_n = constants["BLOCK_N"] if "BLOCK_N" in constants else constants["BLOCK_K"]
     return footprint, Tile(block_n=block_n, **sizes, **warps_and_stages)
 

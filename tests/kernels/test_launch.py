@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmpeft_kernels import launch as launching
 from mmpeft_kernels import shared_memory
-from mmpeft_kernels.launch import fitted, launch
+from mmpeft_kernels.launch import exact_tiles, fitted, launch
 from mmpeft_kernels.lowrank_gemm import GemmTile
 from mmpeft_kernels.shared_memory import LIMITS, Footprint, fit
 from mmpeft_kernels.tile import Tile, architecture, assumed_architecture, smaller
@@ -123,6 +123,14 @@ def test_the_smallest_tile_that_does_not_fit_is_an_error(machine):
 
     with pytest.raises(OutOfResources):
         fitted(Footprint("ddown", 90, 2, 16), LARGE, FIRST, attempt)
+
+
+def test_measurements_of_tiles_take_no_other(machine):
+    machine.shared_bytes = LIMITS[89]
+    footprint = Footprint("dy_pass", 89, 2, 128)
+    with exact_tiles():
+        assert fitted(footprint, LARGE, FIRST, lambda tile: tile) == LARGE
+    assert fitted(footprint, LARGE, FIRST, lambda tile: tile) != LARGE
 
 
 @pytest.mark.parametrize("tile", [LARGE, GemmTile(block_m=128, block_n=256, block_k=64, num_stages=4, use_tma=True)])
