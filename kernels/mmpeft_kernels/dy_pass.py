@@ -27,9 +27,9 @@ MAX_BLOCK_R = 128
 _FINISH_TILE = Tile(block_m=32, block_n=32)
 
 
-def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
-    """Blocks for branches of `rank`: both accumulators, [block_n, rank] and [block_m, rank], stay in registers. Fastest
-    on an H200 over the calls of a layer, at ranks 16 and 128; AMD's is unmeasured."""
+def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = False) -> Tile:
+    """Blocks for branches of `rank`, whose accumulators [block_n, rank] and [block_m, rank] stay in registers. Fastest
+    on an H200 at ranks 16 and 128; AMD's is unmeasured. wide: U is float32 under narrower operands."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=64 if padded_rank(rank) <= 64 else 32, num_warps=4, num_stages=2)
     if isinstance(arch, str):  # 64 threads a warp, 64 KiB of shared memory
@@ -37,7 +37,8 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
         return Tile(block_m=64, block_n=block_n, num_warps=4 if padded_rank(rank) > 64 else 8, num_stages=2)
     if padded_rank(rank) <= 32:
         return Tile(block_m=128, block_n=256, num_warps=8, num_stages=3)
-    return Tile(block_m=64, block_n=128, num_warps=8, num_stages=3)
+    # Before Hopper products take their operands from registers, where a wide U's cast is one too many.
+    return Tile(block_m=64, block_n=64 if wide and arch < 90 else 128, num_warps=8, num_stages=3)
 
 
 @triton.jit
@@ -169,6 +170,7 @@ def dy_pass(
             )  # fmt: skip
 
     arch, itemsize = architecture(dy.device), dy.element_size()
-    footprint = Footprint("dy_pass", arch, itemsize, block_r, wide=u.element_size() > itemsize)
-    fitted(footprint, tile or default_tile(largest, itemsize, arch), dy.device, attempt)
+    wide = u.element_size() > itemsize
+    footprint = Footprint("dy_pass", arch, itemsize, block_r, wide=wide)
+    fitted(footprint, tile or default_tile(largest, itemsize, arch, wide=wide), dy.device, attempt)
     return da, finished_du

@@ -20,18 +20,20 @@ PROLOGUES = ("none", "rms_norm", "swiglu")
 MAX_BLOCK_R = 256
 
 
-def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
+def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = False) -> Tile:
     """Blocks for `rank` columns of a (0 for none): of few rows, so that 2800 rows are a program for every
-    multiprocessor, and as deep as fits; eight warps where four cannot hold the accumulator. Fastest on an H200 over
-    the calls of a layer, at ranks 16 to 128 and 4096 and 8192 rows; AMD's is unmeasured."""
+    multiprocessor, and deep ones; eight warps where four cannot hold the accumulator. Fastest on an H200 over the calls
+    of a layer, at ranks 16 to 128 and 4096 and 8192 rows; AMD's is unmeasured. wide: D is float32 under narrower
+    operands and taken half as deep, as many bytes a step: deeper ones spill."""
     if rank == 0:
         return Tile(block_m=4, block_n=1024, num_warps=4)
     if itemsize > 2:
         return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
-    wide = padded_rank(rank) > 128
+    high = padded_rank(rank) > 128
+    num_warps = 8 if high else 4
     if isinstance(arch, str):  # 64 KiB of shared memory
-        return Tile(block_m=32, block_n=64, num_warps=8 if wide else 4, num_stages=2)
-    return Tile(block_m=32 if wide else 16, block_n=128, num_warps=8 if wide else 4, num_stages=2)
+        return Tile(block_m=32, block_n=64, num_warps=num_warps, num_stages=2)
+    return Tile(block_m=32 if high else 16, block_n=64 if wide else 128, num_warps=num_warps, num_stages=2)
 
 
 @triton.jit
@@ -142,7 +144,6 @@ def prologue(
 
     num_rows, width = x.shape
     rank = 0 if down is None else down.shape[0]
-    tile = tile or default_tile(rank, x.element_size(), architecture(x.device))
     changed = name != "none" or in_scale is not None
     h, z = h_out, z_out if rank else None
     if h is None and write_h and changed:
@@ -165,9 +166,8 @@ def prologue(
                 **tile.options,
             )  # fmt: skip
 
-        wide = rank > 0 and down.element_size() > x.element_size()
-        footprint = Footprint(
-            "prologue", architecture(x.device), x.element_size(), block_r if rank else 0, name, wide=wide
-        )
-        fitted(footprint, tile, x.device, attempt)
+        arch, itemsize = architecture(x.device), x.element_size()
+        wide = rank > 0 and down.element_size() > itemsize
+        footprint = Footprint("prologue", arch, itemsize, block_r if rank else 0, name, wide=wide)
+        fitted(footprint, tile or default_tile(rank, itemsize, arch, wide=wide), x.device, attempt)
     return (x if write_h and h is None else h), rstd, a, (a if z is None else z)

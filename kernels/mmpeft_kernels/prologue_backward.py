@@ -33,7 +33,9 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
         return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
     if isinstance(arch, str):
         return Tile(block_m=32, block_n=64, num_warps=4)
-    return Tile(block_m=16, block_n=256 if padded_rank(rank) > 64 else 128, num_warps=4)
+    if padded_rank(rank) > 64:
+        return Tile(block_m=16, block_n=256, num_warps=4)
+    return Tile(block_m=32, block_n=128, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

@@ -89,7 +89,7 @@ def _scratch(values: int) -> int:
 def _adapter(f: Footprint, values: int, copies: int) -> int:
     """Bytes of a block of D or U: what is copied ahead in its own dtype, cast for the product where it is wide."""
     if not copies:
-        return f.itemsize * values
+        return (4 if f.wide else f.itemsize) * values
     return 4 * copies * values + f.itemsize * values if f.wide else f.itemsize * copies * values
 
 

@@ -67,7 +67,10 @@ def prologue(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `kernels_torch.prologue`; a known rstd is computed again with the rest of the row."""
     down, mask = (None, None) if low_rank is None else low_rank
-    tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
+    tile = None
+    # Tables are of operands of one dtype; D in a wider one is another kernel, with a default of its own.
+    if down is None or down.element_size() <= x[0].element_size():
+        tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
     h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,
         tile=tile,

@@ -91,13 +91,11 @@ def test_no_kernel_is_launched_past_the_guard():
 
 
 def test_a_tile_that_cannot_fit_is_made_smaller_before_anything_runs(machine):
-    machine.shared_bytes = LIMITS[89]
-    footprint = Footprint("dy_pass", 89, 2, 128)
-    assert footprint.bytes(LARGE) > LIMITS[89]
-    tried = []
+    footprint, tried = Footprint("dy_pass", 89, 2, 128), []
+    machine.shared_bytes = footprint.bytes(LARGE) - 1
     fitted(footprint, LARGE, FIRST, tried.append)
     (tile,) = tried
-    assert tile != LARGE and footprint.bytes(tile) <= LIMITS[89]
+    assert tile != LARGE and footprint.bytes(tile) <= machine.shared_bytes
 
 
 def test_what_the_compiler_finds_too_large_falls_once_and_is_remembered(machine, caplog):
@@ -126,8 +124,8 @@ def test_the_smallest_tile_that_does_not_fit_is_an_error(machine):
 
 
 def test_measurements_of_tiles_take_no_other(machine):
-    machine.shared_bytes = LIMITS[89]
     footprint = Footprint("dy_pass", 89, 2, 128)
+    machine.shared_bytes = footprint.bytes(LARGE) - 1
     with exact_tiles():
         assert fitted(footprint, LARGE, FIRST, lambda tile: tile) == LARGE
     assert fitted(footprint, LARGE, FIRST, lambda tile: tile) != LARGE
