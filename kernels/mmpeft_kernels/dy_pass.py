@@ -37,8 +37,8 @@ def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = Fals
         return Tile(block_m=64, block_n=block_n, num_warps=4 if padded_rank(rank) > 64 else 8, num_stages=2)
     if padded_rank(rank) <= 32:
         return Tile(block_m=128, block_n=256, num_warps=8, num_stages=3)
-    # Before Hopper products take their operands from registers, where a wide U's cast is one too many.
-    return Tile(block_m=64, block_n=64 if wide and arch < 90 else 128, num_warps=8, num_stages=3)
+    # Before Hopper products take their operands from registers, where one more stage or a wide U's cast is too much.
+    return Tile(block_m=64, block_n=64 if wide and arch < 90 else 128, num_warps=8, num_stages=3 if arch >= 90 else 2)
 
 
 @triton.jit

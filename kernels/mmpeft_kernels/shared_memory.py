@@ -130,7 +130,9 @@ def _dy_pass(f: Footprint, tile: Tile) -> int:
     dy, z, u = tile.block_m * tile.block_n, tile.block_m * f.block_r, tile.block_n * f.block_r
     rows = max(tile.block_m, tile.block_n)
     copies = _copies(f, tile, rows)
-    if not copies:
+    if isinstance(f.arch, str):  # AMD: copies wait in registers
+        loop = f.itemsize * (u + max(dy, z))
+    elif not copies:
         loop = f.itemsize * (u + 2 * dy + z) + 4 * z
     elif _by_warpgroup(f, rows):
         loop = f.itemsize * (u + copies * (dy + z)) + 4 * z
