@@ -23,10 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from mmpeft_kernels.shared_memory import LIMITS
+
 TABLE = Path(__file__).with_name("resources.json")
-# Bytes of shared memory that one block may have: by compute capability (CUDA programming guide, table of limits), and
-# the local data share of a CDNA 3 workgroup (its instruction set manual).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 _MATRIX_INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma", "v_mfma_": "mfma"}
 
 
@@ -107,12 +106,13 @@ def _cuobjdump() -> Path:
 
 
 def faults(launch: dict, resources: dict) -> list[str]:
-    """What disqualifies a launch on its device, in words; empty when nothing does."""
+    """What disqualifies a launch on its devices, in words; empty when nothing does."""
     found = []
     if resources["spilled_bytes"]:
         found.append(f"spills {resources['spilled_bytes']} bytes a thread")
-    if resources["shared_bytes"] > SHARED_LIMIT[launch["arch"]]:
-        found.append(f"{resources['shared_bytes']} bytes of shared memory, limit {SHARED_LIMIT[launch['arch']]}")
+    for arch in (launch["arch"], *launch["also"]):
+        if resources["shared_bytes"] > LIMITS[arch]:
+            found.append(f"{resources['shared_bytes']} bytes of shared memory, limit {LIMITS[arch]} on {arch}")
     if launch["constants"].get("USE_TMA") and not resources["tma"]:
         found.append("no tensor memory access in a tile that asks for it")
     return found
@@ -144,17 +144,23 @@ def _rows(records: dict, indent: str) -> str:
     return ",\n".join(rows) + "\n"
 
 
-def check(only: str = "") -> list[str]:
-    """Differences between the table and what compiles now. Sizes are compared where the table has this version."""
+def compile_all(launches: dict[str, dict], jobs: int | None) -> dict[str, dict]:
+    """{name: resources} of launches {name: record}, compiled by so many processes."""
+    with ProcessPoolExecutor(jobs) as pool:
+        return dict(zip(launches, pool.map(compile_launch, launches.values()), strict=True))
+
+
+def check(only: str = "", jobs: int | None = None) -> list[str]:
+    """What does not fit its devices, and differences between the table and what compiles now. Sizes are compared where
+    the table has this version of Triton."""
     table = read_table()
     known = table["resources"].get(triton.__version__, {})
+    launches = {name: launch for name, launch in table["launches"].items() if only in name}
     found = []
-    for name, launch in table["launches"].items():
-        if only in name:
-            resources = compile_launch(launch)
-            found += [f"{name}: {fault}" for fault in faults(launch, resources)]
-            if known and known.get(name) != resources:
-                found.append(f"{name}: the table has {known.get(name)}, got {resources}")
+    for name, resources in compile_all(launches, jobs).items():
+        found += [f"{name}: {fault}" for fault in faults(launches[name], resources)]
+        if known and known.get(name) != resources:
+            found.append(f"{name}: the table has {known.get(name)}, got {resources}")
     return found
 
 
@@ -162,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mmpeft_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("launches", "compile", "check"))
     parser.add_argument("--only", default="", help="compile launches whose name contains this (check only)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (compile only)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args(arguments)
     if options.command == "launches":
         from mmpeft_kernels.launches import record_launches
@@ -171,11 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
         write_table({"launches": record_launches(), "resources": table["resources"]})
         return 0
     if options.command == "check":
-        found = check(options.only)
+        found = check(options.only, options.jobs)
     else:
         table = read_table()
-        with ProcessPoolExecutor(options.jobs) as pool:
-            rows = dict(zip(table["launches"], pool.map(compile_launch, table["launches"].values()), strict=True))
+        rows = compile_all(table["launches"], options.jobs)
         write_table({**table, "resources": {**table["resources"], triton.__version__: rows}})
         found = [f"{name}: {fault}" for name, row in rows.items() for fault in faults(table["launches"][name], row)]
     print("\n".join(found) or "ok")

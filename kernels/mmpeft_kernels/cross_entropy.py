@@ -8,6 +8,7 @@ One program a row: one pass for the log-sum-exp, one for the gradient where it i
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import launch
 from mmpeft_kernels.reduction import sum_partials
 from mmpeft_kernels.tile import Tile
 
@@ -65,8 +66,8 @@ def cross_entropy_(logits, labels, count, *, need_grad=True, tile: Tile = DEFAUL
     num_rows, num_words = logits.shape
     loss = logits.new_empty(num_rows, 1, dtype=torch.float32)
     if num_rows:
-        _cross_entropy_kernel[(num_rows,)](
-            logits, labels, count, loss, num_words, logits.stride(0),
+        launch(
+            _cross_entropy_kernel, (num_rows,), logits.device, logits, labels, count, loss, num_words, logits.stride(0),
             IGNORE=IGNORE_INDEX, NEED_GRAD=need_grad, BLOCK_V=tile.block_n,
             **tile.options,
         )  # fmt: skip

@@ -7,6 +7,7 @@ and is dropped where its 16-bit lane, read as a signed integer, is below `round(
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import launch
 from mmpeft_kernels.tile import Tile, cdiv
 
 _ROUNDS = tl.constexpr(7)
@@ -59,8 +60,8 @@ def dropped(seed, num_rows: int, num_cols: int, p: float, *, stream: int = 0, ti
     mask = torch.empty((num_rows, num_cols), dtype=torch.bool, device=seed.device)
     if mask.numel():
         grid = (cdiv(num_rows, tile.block_m), cdiv(num_cols, tile.block_n))
-        _dropped_kernel[grid](
-            seed, mask, num_rows, num_cols, stream, threshold_of(p),
+        launch(
+            _dropped_kernel, grid, seed.device, seed, mask, num_rows, num_cols, stream, threshold_of(p),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
     return mask

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from mmpeft_kernels.activations import activate, activation_derivative
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.reduction import DEFAULT_TILE as SUM_TILE
 from mmpeft_kernels.reduction import sum_block
 from mmpeft_kernels.row_chunks import num_multiprocessors, rows_per_chunk
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles, segment_tiles
+from mmpeft_kernels.shared_memory import Footprint
 from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Ranks of one program; beyond it dy is read once more for each block.
@@ -25,14 +27,18 @@ MAX_BLOCK_R = 128
 _FINISH_TILE = Tile(block_m=32, block_n=32)
 
 
-def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
-    """Blocks for branches of `rank`: both accumulators, [block_n, rank] and [block_m, rank], stay in registers."""
+def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = False) -> Tile:
+    """Blocks for branches of `rank`, whose accumulators [block_n, rank] and [block_m, rank] stay in registers. Fastest
+    on an H200 at ranks 16 and 128; AMD's is unmeasured. wide: U is float32 under narrower operands."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=64 if padded_rank(rank) <= 64 else 32, num_warps=4, num_stages=2)
+    if isinstance(arch, str):  # 64 threads a warp, 64 KiB of shared memory
+        block_n = 256 if padded_rank(rank) <= 32 else 128
+        return Tile(block_m=64, block_n=block_n, num_warps=4 if padded_rank(rank) > 64 else 8, num_stages=2)
     if padded_rank(rank) <= 32:
-        return Tile(block_m=64, block_n=256, num_warps=8, num_stages=2)
-    num_warps = 4 if padded_rank(rank) > 64 and isinstance(arch, str) else 8  # AMD: 64 threads a warp
-    return Tile(block_m=64, block_n=128, num_warps=num_warps, num_stages=2)
+        return Tile(block_m=128, block_n=256, num_warps=8, num_stages=3)
+    # Before Hopper products take their operands from registers, where one more stage or a wide U's cast is too much.
+    return Tile(block_m=64, block_n=64 if wide and arch < 90 else 128, num_warps=8, num_stages=3 if arch >= 90 else 2)
 
 
 @triton.jit
@@ -128,34 +134,43 @@ def dy_pass(
     segments = tuple(segments)
     check_segments("dy_pass", segments, num_out, a.shape[1])
     largest = max(segment.rank for segment in segments)
-    tile = tile or default_tile(largest, dy.element_size(), architecture(dy.device))
-    tiles = column_tiles(segments, tile.block_n, dy.device)
     block_r = padded_rank(largest or 1, MAX_BLOCK_R)
     num_blocks = cdiv(width, block_r)
-    chunk = rows_per_chunk(num_rows, tile.block_m, tiles.shape[0] * num_blocks, num_multiprocessors(dy.device))
-    num_chunks = cdiv(num_rows, chunk)
-    dz = dy.new_empty(tiles.shape[0], num_rows, width, dtype=torch.float32) if need_da else None
-    du = dy.new_empty(num_chunks, num_out, width, dtype=torch.float32) if need_du else None
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_da else None
-    if num_rows and width and (need_da or need_du):
-        _dy_pass_kernel[(tiles.shape[0], num_chunks, num_blocks)](
-            dy, a, u, tiles, dz, du, num_rows, num_out, width, chunk, dy.stride(0), a.stride(0), u.stride(0),
-            ACTIVATION=activation, COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
-            RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r,
-            **tile.options,
-        )  # fmt: skip
     finished_du = torch.empty_like(u, memory_format=torch.contiguous_format) if need_du else None
-    num_blocks_r = cdiv(max(1, largest), _FINISH_TILE.block_n)
-    num_da_programs = cdiv(num_rows, _FINISH_TILE.block_m) * len(segments) * num_blocks_r if need_da and largest else 0
-    num_du_programs = cdiv(u.numel(), SUM_TILE.block_n) if need_du else 0
-    if num_da_programs + num_du_programs:
-        _finish_kernel[(num_da_programs + num_du_programs,)](
-            dz, a, segment_tiles(segments, tile.block_n, dy.device), da, du, finished_du,
-            num_rows, width, len(segments), num_blocks_r, num_da_programs, num_chunks, u.numel(),
-            a.stride(0), da.stride(0) if need_da else 0, scaling,
-            ACTIVATION=activation, BLOCK_M=_FINISH_TILE.block_m, BLOCK_R=_FINISH_TILE.block_n,
-            BLOCK_S=SUM_TILE.block_m, BLOCK_N=SUM_TILE.block_n,
-            **_FINISH_TILE.options,
-        )  # fmt: skip
+
+    def attempt(tile: Tile) -> None:
+        tiles = column_tiles(segments, tile.block_n, dy.device)
+        chunk = rows_per_chunk(num_rows, tile.block_m, tiles.shape[0] * num_blocks, num_multiprocessors(dy.device))
+        num_chunks = cdiv(num_rows, chunk)
+        dz = dy.new_empty(tiles.shape[0], num_rows, width, dtype=torch.float32) if need_da else None
+        du = dy.new_empty(num_chunks, num_out, width, dtype=torch.float32) if need_du else None
+        if num_rows and width and (need_da or need_du):
+            launch(
+                _dy_pass_kernel, (tiles.shape[0], num_chunks, num_blocks), dy.device,
+                dy, a, u, tiles, dz, du, num_rows, num_out, width, chunk, dy.stride(0), a.stride(0), u.stride(0),
+                ACTIVATION=activation, COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
+                RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, **tile.options,
+            )  # fmt: skip
+        finish(tile, dz, du, num_chunks)
+
+    def finish(tile: Tile, dz, du, num_chunks: int) -> None:
+        blocks_r = cdiv(max(1, largest), _FINISH_TILE.block_n)
+        num_da_programs = cdiv(num_rows, _FINISH_TILE.block_m) * len(segments) * blocks_r if need_da and largest else 0
+        num_du_programs = cdiv(u.numel(), SUM_TILE.block_n) if need_du else 0
+        if num_da_programs + num_du_programs:
+            launch(
+                _finish_kernel, (num_da_programs + num_du_programs,), dy.device,
+                dz, a, segment_tiles(segments, tile.block_n, dy.device), da, du, finished_du,
+                num_rows, width, len(segments), blocks_r, num_da_programs, num_chunks, u.numel(),
+                a.stride(0), da.stride(0) if need_da else 0, scaling,
+                ACTIVATION=activation, BLOCK_M=_FINISH_TILE.block_m, BLOCK_R=_FINISH_TILE.block_n,
+                BLOCK_S=SUM_TILE.block_m, BLOCK_N=SUM_TILE.block_n, **_FINISH_TILE.options,
+            )  # fmt: skip
+
+    arch, itemsize = architecture(dy.device), dy.element_size()
+    wide = u.element_size() > itemsize
+    footprint = Footprint("dy_pass", arch, itemsize, block_r, wide=wide)
+    fitted(footprint, tile or default_tile(largest, itemsize, arch, wide=wide), dy.device, attempt)
     return da, finished_du

@@ -12,9 +12,11 @@ from math import gcd
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.row_chunks import num_multiprocessors
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.shared_memory import Footprint
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Rows of tiles that run side by side and share their columns of W in L2.
 GROUP_M = 8
@@ -156,27 +158,41 @@ def lowrank_gemm(
     out = x.new_empty(num_rows, num_out) if out is None else out
     if not out.numel():
         return out
-    if tile.use_tma:
-        check_tma(tile, segments, x=x, weight=weight, out=out, **({} if residual is None else {"residual": residual}))
-    operand = _descriptor if tile.use_tma else lambda matrix, block: matrix
-    tiles = column_tiles(segments, tile.block_n, x.device)
-    num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
-    _lowrank_gemm_kernel[(min(num_tiles, num_programs or num_multiprocessors(x.device)),)](
-        operand(x, [tile.block_m, tile.block_k]),
-        operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
-        z if rank else None, u if rank else None, bias, scale,
-        None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
-        operand(out, [tile.block_m, tile.block_n]), tiles,
-        num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
-        u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
-        TRANSPOSED=transposed, USE_TMA=tile.use_tma,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_R=padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k),
-        COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
-        RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
-        GROUP_M=GROUP_M, **tile.options,
-    )  # fmt: skip
+    wide = rank > 0 and u.element_size() > x.element_size()
+    checked = {"x": x, "weight": weight, "out": out, **({} if residual is None else {"residual": residual})}
+
+    def attempt(tile: GemmTile) -> None:
+        if tile.use_tma:
+            check_tma(tile, segments, **checked)
+        operand = _descriptor if tile.use_tma else lambda matrix, block: matrix
+        tiles = column_tiles(segments, tile.block_n, x.device)
+        num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
+        launch(
+            _lowrank_gemm_kernel, (min(num_tiles, num_programs or num_multiprocessors(x.device)),), x.device,
+            operand(x, [tile.block_m, tile.block_k]),
+            operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
+            z if rank else None, u if rank else None, bias, scale,
+            None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
+            operand(out, [tile.block_m, tile.block_n]), tiles,
+            num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
+            u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
+            TRANSPOSED=transposed, USE_TMA=tile.use_tma,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            BLOCK_R=block_of_ranks(segments, tile, wide),
+            COL_MULTIPLE=gcd(16, *(segment.num_out for segment in segments)),
+            RANK_MULTIPLE=gcd(16, *(segment.rank for segment in segments)),
+            GROUP_M=GROUP_M, **tile.options,
+        )  # fmt: skip
+
+    fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size(), wide=wide), tile, x.device, attempt)
     return out
+
+
+def block_of_ranks(segments: Sequence[SegmentShape], tile: GemmTile, wide: bool) -> int:
+    """Ranks of a low-rank step: no deeper than a step of x W, half as deep where U is wide, so that neither step takes
+    more shared memory than the other."""
+    block = padded_rank(max(segment.rank for segment in segments) or 1, tile.block_k)
+    return max(16, block // 2) if wide else block
 
 
 def check_tma(tile: GemmTile, segments: tuple[SegmentShape, ...], **operands) -> None:

@@ -18,10 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mmpeft_kernels import lowrank_gemm as plain
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.lowrank_gemm import GROUP_M, GemmTile
 from mmpeft_kernels.row_chunks import num_multiprocessors
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles
-from mmpeft_kernels.tile import cdiv
+from mmpeft_kernels.shared_memory import Footprint
+from mmpeft_kernels.tile import architecture, cdiv
 
 # Triton 3.9 names the copies anew.
 _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -208,23 +210,29 @@ def lowrank_gemm(
     if not out.numel():
         return out
     operands = {"x": x, "weight": weight, "out": out} | ({} if residual is None else {"residual": residual})
-    plain.check_tma(tile, segments, **operands, **({"z": z, "u": u} if rank else {}))
-    a_block = [tile.block_m, tile.block_k]
-    b_block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
-    x_desc, w_desc = _descriptor(x, a_block), _descriptor(weight, b_block)
-    out_desc = _descriptor(out, [tile.block_m, tile.block_n])
-    tiles = column_tiles(segments, tile.block_n, x.device)
-    num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
-    # Operands that a flag switches off are given as others of their type: partitions take no None.
-    _lowrank_gemm_kernel[(min(num_tiles, num_programs or num_multiprocessors(x.device)),)](
-        x_desc, w_desc, _descriptor(z, a_block) if rank else x_desc, _descriptor(u, b_block) if rank else w_desc,
-        tiles if bias is None else bias, tiles if scale is None else scale,
-        out_desc if residual is None else _descriptor(residual, [tile.block_m, tile.block_n]), out_desc, tiles,
-        num_rows, depth, tiles.shape[0], scaling,
-        HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
-        HAS_RESIDUAL=residual is not None, TRANSPOSED=transposed, GROUP_M=GROUP_M, NUM_STAGES=tile.num_stages,
-        **tile.options,
-    )  # fmt: skip
+    operands |= {"z": z, "u": u} if rank else {}
+
+    def attempt(tile: GemmTile) -> None:
+        plain.check_tma(tile, segments, **operands)
+        a_block = [tile.block_m, tile.block_k]
+        b_block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
+        x_desc, w_desc = _descriptor(x, a_block), _descriptor(weight, b_block)
+        out_desc = _descriptor(out, [tile.block_m, tile.block_n])
+        tiles = column_tiles(segments, tile.block_n, x.device)
+        num_tiles = cdiv(num_rows, tile.block_m) * tiles.shape[0]
+        # Operands that a flag switches off are given as others of their type: partitions take no None.
+        launch(
+            _lowrank_gemm_kernel, (min(num_tiles, num_programs or num_multiprocessors(x.device)),), x.device,
+            x_desc, w_desc, _descriptor(z, a_block) if rank else x_desc, _descriptor(u, b_block) if rank else w_desc,
+            tiles if bias is None else bias, tiles if scale is None else scale,
+            out_desc if residual is None else _descriptor(residual, [tile.block_m, tile.block_n]), out_desc, tiles,
+            num_rows, depth, tiles.shape[0], scaling,
+            HAS_LOW_RANK=rank > 0, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+            HAS_RESIDUAL=residual is not None, TRANSPOSED=transposed, GROUP_M=GROUP_M, NUM_STAGES=tile.num_stages,
+            **tile.options,
+        )  # fmt: skip
+
+    fitted(Footprint("lowrank_gemm_gluon", architecture(x.device), x.element_size()), tile, x.device, attempt)
     return out
 
 

@@ -13,8 +13,10 @@ from mmpeft_kernels.activations import activate
 from mmpeft_kernels.ddown import ddown
 from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
 from mmpeft_kernels.dy_pass import dy_pass
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.prologue_backward import prologue_backward
 from mmpeft_kernels.segments import SegmentShape
+from mmpeft_kernels.shared_memory import Footprint
 from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # The accumulator of a and the operand z of one block of rows stay in registers.
@@ -90,16 +92,23 @@ def post_adapter(
     (num_rows, num_out), rank = y.shape, down.shape[0]
     if rank > MAX_RANK:
         raise ValueError(f"post_adapter: expected a rank of at most {MAX_RANK}, got {rank}")
-    tile = tile or default_tile(rank, y.element_size(), architecture(y.device))
     out, a = y.new_empty(num_rows, num_out), y.new_empty(num_rows, rank)
-    if num_rows:
-        _post_adapter_kernel[(cdiv(num_rows, tile.block_m),)](
+    block_r = padded_rank(rank)
+
+    def attempt(tile: Tile) -> None:
+        launch(
+            _post_adapter_kernel, (cdiv(num_rows, tile.block_m),), y.device,
             y, down, up, residual, seed if p > 0.0 else None, out, a,
             num_rows, num_out, rank, y.stride(0), down.stride(0), up.stride(0),
             0 if residual is None else residual.stride(0), scaling, inverse_keep_of(p), stream, threshold_of(p),
-            ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=padded_rank(rank),
-            **tile.options,
+            ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, **tile.options,
         )  # fmt: skip
+
+    if num_rows:
+        arch, itemsize = architecture(y.device), y.element_size()
+        tile = tile or default_tile(rank, itemsize, arch)
+        wide = max(down.element_size(), up.element_size()) > itemsize
+        fitted(Footprint("post_adapter", arch, itemsize, block_r, wide=wide), tile, y.device, attempt)
     return out, a
 
 

@@ -10,8 +10,10 @@ prefix is merged block by block, one launch each: the merged part is the next la
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.reduction import sum_partials
 from mmpeft_kernels.row_chunks import num_multiprocessors, rows_per_chunk
+from mmpeft_kernels.shared_memory import Footprint
 from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 
@@ -143,16 +145,21 @@ def merge_prefix_(q, prefix_k, prefix_v, out, lse, *, scale, alive=None, tile: T
     _check(prefix_k, q)
     batch, heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix, _ = prefix_k.shape
-    tile = tile or default_tile(q.element_size(), architecture(q.device))
-    block_p = padded_rank(num_prefix, tile.block_n)
-    for first_p in range(0, num_prefix if q.numel() else 0, block_p):
-        _prefix_kernel[(cdiv(num_queries, tile.block_m), batch * heads)](
-            q, prefix_k, prefix_v, out, lse, alive if first_p == 0 else None,
-            num_queries, heads, num_prefix, head_dim, heads // num_kv_heads, first_p,
-            *q.stride()[:3], *out.stride()[:3], *lse.stride(), scale,
-            BLOCK_M=tile.block_m, BLOCK_P=block_p, BLOCK_DH=padded_rank(head_dim),
-            **tile.options,
-        )  # fmt: skip
+    block_dh = padded_rank(head_dim)
+
+    def attempt(tile: Tile) -> None:
+        block_p = padded_rank(num_prefix, tile.block_n)
+        for first_p in range(0, num_prefix if q.numel() else 0, block_p):
+            launch(
+                _prefix_kernel, (cdiv(num_queries, tile.block_m), batch * heads), q.device,
+                q, prefix_k, prefix_v, out, lse, alive if first_p == 0 else None,
+                num_queries, heads, num_prefix, head_dim, heads // num_kv_heads, first_p,
+                *q.stride()[:3], *out.stride()[:3], *lse.stride(), scale,
+                BLOCK_M=tile.block_m, BLOCK_P=block_p, BLOCK_DH=block_dh, **tile.options,
+            )  # fmt: skip
+
+    arch, itemsize = architecture(q.device), q.element_size()
+    fitted(Footprint("prefix", arch, itemsize, block_dh), tile or default_tile(itemsize, arch), q.device, attempt)
 
 
 def prefix_backward_(dout, q, prefix_k, prefix_v, out, lse, dq, *, scale, tile: Tile | None = None):
@@ -166,19 +173,26 @@ def prefix_backward_(dout, q, prefix_k, prefix_v, out, lse, dq, *, scale, tile: 
     _check(prefix_k, q)
     batch, heads, num_queries, head_dim = q.shape
     num_kv_heads, num_prefix, _ = prefix_k.shape
-    tile = tile or default_tile(q.element_size(), architecture(q.device))
-    block_p = padded_rank(num_prefix, tile.block_n)
-    chunk = rows_per_chunk(num_queries, tile.block_m, batch * heads, num_multiprocessors(q.device))
-    num_chunks = cdiv(num_queries, chunk)
-    num_parts = batch * (heads // num_kv_heads) * num_chunks
-    dkv = q.new_empty(num_parts, 2, num_kv_heads, num_prefix, head_dim, dtype=torch.float32)
-    for first_p in range(0, num_prefix if q.numel() else 0, block_p):
-        _prefix_backward_kernel[(num_chunks, batch * heads)](
-            dout, q, prefix_k, prefix_v, out, lse, dq, dkv,
-            num_queries, heads, num_prefix, head_dim, heads // num_kv_heads, chunk, num_chunks, first_p,
-            *dout.stride()[:3], *q.stride()[:3], *out.stride()[:3], *lse.stride(), *dq.stride()[:3], scale,
-            BLOCK_M=tile.block_m, BLOCK_P=block_p, BLOCK_DH=padded_rank(head_dim),
-            **tile.options,
-        )  # fmt: skip
+    block_dh = padded_rank(head_dim)
+
+    def attempt(tile: Tile):
+        block_p = padded_rank(num_prefix, tile.block_n)
+        chunk = rows_per_chunk(num_queries, tile.block_m, batch * heads, num_multiprocessors(q.device))
+        num_chunks = cdiv(num_queries, chunk)
+        num_parts = batch * (heads // num_kv_heads) * num_chunks
+        dkv = q.new_empty(num_parts, 2, num_kv_heads, num_prefix, head_dim, dtype=torch.float32)
+        for first_p in range(0, num_prefix if q.numel() else 0, block_p):
+            launch(
+                _prefix_backward_kernel, (num_chunks, batch * heads), q.device,
+                dout, q, prefix_k, prefix_v, out, lse, dq, dkv,
+                num_queries, heads, num_prefix, head_dim, heads // num_kv_heads, chunk, num_chunks, first_p,
+                *dout.stride()[:3], *q.stride()[:3], *out.stride()[:3], *lse.stride(), *dq.stride()[:3], scale,
+                BLOCK_M=tile.block_m, BLOCK_P=block_p, BLOCK_DH=block_dh, **tile.options,
+            )  # fmt: skip
+        return dkv
+
+    arch, itemsize = architecture(q.device), q.element_size()
+    tile = tile or default_tile(itemsize, arch)
+    dkv = fitted(Footprint("prefix_backward", arch, itemsize, block_dh), tile, q.device, attempt)
     dk, dv = sum_partials(dkv, torch.promote_types(prefix_k.dtype, prefix_v.dtype))
     return dk.to(prefix_k.dtype), dv.to(prefix_v.dtype)

@@ -14,21 +14,28 @@ import triton
 import triton.language as tl
 
 from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
+from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.prologue import scaled_by, unscaled_h_tile
 from mmpeft_kernels.reduction import sum_partials
-from mmpeft_kernels.tile import Tile, cdiv, padded_rank
+from mmpeft_kernels.shared_memory import Footprint
+from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Ranks of one step of da D.
 MAX_BLOCK_R = 64
 
 
-def default_tile(rank: int, itemsize: int) -> Tile:
-    """Blocks for `rank` columns of da (0 for none)."""
+def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
+    """Blocks for `rank` columns of da (0 for none): few rows, wider where D is read again for more ranks. Fastest on an
+    H200 over the calls of a layer, at ranks 16 and 128; AMD's is unmeasured."""
     if rank == 0:
         return Tile(block_m=16, block_n=128, num_warps=8)
     if itemsize > 2:
         return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
-    return Tile(block_m=32, block_n=64, num_warps=4)
+    if isinstance(arch, str):
+        return Tile(block_m=32, block_n=64, num_warps=4)
+    if padded_rank(rank) > 64:
+        return Tile(block_m=16, block_n=256, num_warps=4)
+    return Tile(block_m=32, block_n=128, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])
@@ -156,26 +163,33 @@ def prologue_backward(
 
     num_rows, width = dh.shape
     rank = 0 if da is None else da.shape[1]
-    tile = tile or default_tile(rank, dh.element_size())
-    num_blocks = cdiv(num_rows, tile.block_m)
     need_dgain = need_dgain and name == "rms_norm"
     need_din_scale = need_din_scale and in_scale is not None
     need_dup = need_dup and name == "swiglu"
     dx = (dh.new_empty(num_rows, width) if dx_out is None else dx_out) if need_dx else None
     dup = (dh.new_empty(num_rows, width) if dup_out is None else dup_out) if need_dup else None
-    dgain = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_dgain else None
-    din_scale = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_din_scale else None
-    if num_rows and any(part is not None for part in (dx, dup, dgain, din_scale)):
-        _prologue_backward_kernel[(num_blocks,)](
-            dh, da, down, seed if p > 0.0 else None, x, up, gain, rstd, in_scale, dresidual, dx, dup, dgain, din_scale,
-            num_rows, width, rank, dh.stride(0), da.stride(0) if rank else 0, down.stride(0) if rank else 0,
-            0 if x is None else x.stride(0), 0 if up is None else up.stride(0),
-            0 if dresidual is None else dresidual.stride(0), dx.stride(0) if need_dx else 0,
-            dup.stride(0) if need_dup else 0, inverse_keep_of(p), stream, threshold_of(p),
-            PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n,
-            BLOCK_R=padded_rank(rank, MAX_BLOCK_R) if rank else 16,
-            **tile.options,
-        )  # fmt: skip
+    block_r = padded_rank(rank, MAX_BLOCK_R) if rank else 16
+
+    def attempt(tile: Tile):
+        num_blocks = cdiv(num_rows, tile.block_m)
+        dgain = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_dgain else None
+        din_scale = dh.new_empty(num_blocks, width, dtype=torch.float32) if need_din_scale else None
+        if num_rows and any(part is not None for part in (dx, dup, dgain, din_scale)):
+            launch(
+                _prologue_backward_kernel, (num_blocks,), dh.device,
+                dh, da, down, seed if p > 0.0 else None, x, up, gain, rstd, in_scale, dresidual, dx, dup, dgain,
+                din_scale, num_rows, width, rank, dh.stride(0), da.stride(0) if rank else 0,
+                down.stride(0) if rank else 0, 0 if x is None else x.stride(0), 0 if up is None else up.stride(0),
+                0 if dresidual is None else dresidual.stride(0), dx.stride(0) if need_dx else 0,
+                dup.stride(0) if need_dup else 0, inverse_keep_of(p), stream, threshold_of(p),
+                PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r, **tile.options,
+            )  # fmt: skip
+        return dgain, din_scale
+
+    arch, itemsize = architecture(dh.device), dh.element_size()
+    wide = rank > 0 and down.element_size() > itemsize
+    footprint = Footprint("prologue_backward", arch, itemsize, block_r if rank else 0, name, wide=wide)
+    dgain, din_scale = fitted(footprint, tile or default_tile(rank, itemsize, arch), dh.device, attempt)
     return PrologueGrads(
         dx,
         dup,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import launch
 from mmpeft_kernels.tile import Tile, cdiv
 
 DEFAULT_TILE = Tile(block_m=16, block_n=64)
@@ -30,7 +31,8 @@ def sum_partials(partial, out_dtype, *, scaling: float = 1.0, tile: Tile = DEFAU
     """`scaling` times the sum of contiguous float32 partials [S, ...] over S, as [...] in `out_dtype`."""
     out = partial.new_empty(partial.shape[1:], dtype=out_dtype)
     if out.numel():
-        _sum_kernel[(cdiv(out.numel(), tile.block_n),)](
+        launch(
+            _sum_kernel, (cdiv(out.numel(), tile.block_n),), out.device,
             partial, out, partial.shape[0], out.numel(), scaling,
             BLOCK_S=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.launch import launch
 from mmpeft_kernels.reduction import sum_partials
 from mmpeft_kernels.tile import Tile, cdiv
 
@@ -269,7 +270,8 @@ def rotary(parts: Sequence[Heads], cos, sin, *, head_dim, eps=1e-6, outs=None, t
     num_heads = _padded([x.shape[1] // head_dim for x in xs], 0)
     num_blocks = [cdiv(count, tile.block_n) for count in num_heads]
     cos, sin, num_positions, *angle_strides = _angles(cos, sin, head_dim)
-    _rotary_kernel[(cdiv(num_rows, tile.block_m), sum(num_blocks))](
+    launch(
+        _rotary_kernel, (cdiv(num_rows, tile.block_m), sum(num_blocks)), outs[0].device,
         *_padded(xs), *_padded([part.scale for part in parts]), *_padded([part.gain for part in parts]),
         *_padded(out_rows), *num_heads, *num_blocks[:2], *_strides(_padded(xs)), *_strides(_padded(out_rows)),
         cos, sin, num_rows, half, num_positions, *angle_strides, eps,
@@ -319,7 +321,8 @@ def rotary_backward(
         ]
         num_blocks = [cdiv(count, block) for count, block in zip(num_heads, block_heads)]
         cos, sin, num_positions, *angle_strides = _angles(cos, sin, head_dim)
-        _rotary_backward_kernel[(num_blocks_m, sum(num_blocks))](
+        launch(
+            _rotary_backward_kernel, (num_blocks_m, sum(num_blocks)), outs[0].device,
             *_padded(dy_rows), *_padded(xs), *_padded([part.scale for part in parts]),
             *_padded([part.gain for part in parts]), *_padded(out_rows),
             *_padded(columns[: len(parts)]), *_padded(columns[len(parts) :]), *num_heads, *num_blocks[:2],

@@ -67,7 +67,10 @@ def prologue(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `kernels_torch.prologue`; a known rstd is computed again with the rest of the row."""
     down, mask = (None, None) if low_rank is None else low_rank
-    tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
+    tile = None
+    # Tables are of operands of one dtype; D in a wider one is another kernel, with a default of its own.
+    if down is None or down.element_size() <= x[0].element_size():
+        tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
     h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,
         tile=tile,
@@ -208,9 +211,17 @@ def dy_pass(
     need_dup: Sequence[bool],
     launch=dy_pass_launch,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """As `kernels_torch.dy_pass`: one pass over all dy where they are columns of one buffer and agree in the rest."""
+    """As `kernels_torch.dy_pass`: one pass over all dy where they are columns of one buffer and agree in the rest.
+    Where library GEMMs are faster (`dispatch.dy_realisation`), those run."""
     kinds = {(s, f, up.shape[1], up.dtype) for s, f, up in zip(scalings, activations, ups, strict=True)}
     dy = stacking.as_columns(dys) if len(kinds) == 1 else None
+    if launch is dy_pass_launch and all(
+        dispatch.dy_realisation(dy_i if dy is None else dy, up.shape[1]) == "composite"
+        for dy_i, up in zip(dys, ups, strict=True)
+    ):
+        return kernels_torch.dy_pass(
+            dys, a, ups, scalings=scalings, activations=activations, need_da=need_da, need_dup=need_dup
+        )
     if dy is None:
         pairs = [
             _dy_pass(launch, [a_i], [up], dy_i, s, f, da, dup)
