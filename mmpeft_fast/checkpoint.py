@@ -56,7 +56,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
     """
     folder = recover(Path(folder))
     if folder.exists():
-        _check_replaceable(folder)
+        check_replaceable(folder)
     base, metadata = base_model(model), {"format": "pt"}
     if isinstance(model, PeftModel):
         config, tensors = _of_peft_model(model)
@@ -182,7 +182,8 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where a folder holds anything that `save_peft` must not replace."""
     if not folder.is_dir():
         raise ValueError(f"save_peft: expected a folder, got the file {folder}")
     others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME})

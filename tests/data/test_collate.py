@@ -183,5 +183,5 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(samples):
 def test_bad_arguments(processor):
     with pytest.raises(ValueError, match="padding_side: expected 'right' or 'left', got 'top'"):
         Collator(processor, padding_side="top")
-    with pytest.raises(ValueError, match="max_length: expected at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="max_length: expected an integer of at least 1 or none, got 0"):
         Collator(processor, max_length=0)
