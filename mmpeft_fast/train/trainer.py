@@ -76,10 +76,10 @@ def train(
 
     model: any multimodal causal LM that takes a collator's batch and `num_items_in_batch`; fused or not. output: folder
     for the log and checkpoints, None keeps nothing; one run at a time. resume: continue the same run from output's
-    latest checkpoint, bit for bit on the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C, SIGTERM and SIGHUP end
-    the run after the current step with a checkpoint; a second one ends it at once. Raises ValueError for bad input,
-    before anything is written, OSError where a checkpoint cannot be written (those before it stay), and
-    FloatingPointError where loss or gradient is not finite.
+    latest checkpoint, bit for bit on the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C,
+    SIGTERM and SIGHUP end the run after the current step with a checkpoint; a second one ends it at once. Raises
+    ValueError for bad input, before anything is written, OSError where a checkpoint cannot be written (those before it
+    stay), and FloatingPointError where loss or gradient is not finite.
     """
     output = None if output is None else Path(output)
     check_output(output, resume=resume)
