@@ -89,7 +89,7 @@ _READ_OF = {
     | {"bottleneck": int, "activation": str, "dropout": float, "scaling": float}
     | {"targets": list[str] | None, "placement": str, "init": str},
 }
-# Longest that HF PEFT may take to match a configuration's expressions against a model's module names: milliseconds are
+# Most processor time that HF PEFT may take to match a configuration's expressions against a model's module names: milliseconds are
 # usual, and Python's expressions can take longer than anyone waits.
 _MATCHING_S = 5.0
 # What HF PEFT raises for values of the right type that mean nothing.
@@ -316,23 +316,23 @@ def _check_expressions(config: PeftConfig) -> None:
 
 @contextmanager
 def _within(seconds: float, what: str) -> Iterator[None]:
-    """Raises ValueError where the block takes longer, also inside one call of `re`, which looks for signals as it
-    matches. In the main thread only: Python gives no other a signal, and there the block takes as long as it takes."""
+    """Raises ValueError where the block takes more processor time, also inside one call of `re`, which looks for signals
+    as it matches. In the main thread only: Python gives no other a signal, and there it takes as long as it takes."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise ValueError(f"{what} takes longer than {seconds:g} s; expected a simpler expression")
+        raise ValueError(f"{what} takes more than {seconds:g} s of the processor; expected a simpler expression")
 
-    handler, (left, interval) = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, (left, interval) = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, left, interval)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def _line(error: Exception) -> str:

@@ -209,18 +209,18 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not (equals and name and text):
             raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
-        parsed[name.strip()] = tuple(map(_value, text.split(","))) if "," in text else _value(text)
+        parsed[name.strip()] = tuple(map(parse_value, text.split(","))) if "," in text else parse_value(text)
     return parsed
 
 
-def _value(text: str) -> int | float | bool | str | None:
+def parse_value(text: str) -> int | float | bool | str | None:
     """A number, true, false or null as JSON has them, else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text.strip()
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"--set: expected a number, true, false, null or a word, got {shown(text)}") from error
+        raise ValueError(f"expected a number, true, false, null or a word, got {shown(text)}") from error
 
 
 def _load(args: argparse.Namespace, option: str, split: str, seed: int) -> list[Sample]:
