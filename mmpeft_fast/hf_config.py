@@ -89,8 +89,8 @@ _READ_OF = {
     | {"bottleneck": int, "activation": str, "dropout": float, "scaling": float}
     | {"targets": list[str] | None, "placement": str, "init": str},
 }
-# Most processor time that HF PEFT may take to match a configuration's expressions against a model's module names: milliseconds are
-# usual, and Python's expressions can take longer than anyone waits.
+# Most processor time that HF PEFT may take to match a configuration's expressions against a model's module names:
+# a fraction of a second is usual, and Python's expressions can take longer than anyone waits.
 _MATCHING_S = 5.0
 # What HF PEFT raises for values of the right type that mean nothing.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, re.error, ImportError)
@@ -316,8 +316,8 @@ def _check_expressions(config: PeftConfig) -> None:
 
 @contextmanager
 def _within(seconds: float, what: str) -> Iterator[None]:
-    """Raises ValueError where the block takes more processor time, also inside one call of `re`, which looks for signals
-    as it matches. In the main thread only: Python gives no other a signal, and there it takes as long as it takes."""
+    """Raises ValueError where the block takes more processor time, also inside one call of `re`, which looks for
+    signals as it matches. In the main thread only: Python gives no other a signal, and there nothing ends it."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
