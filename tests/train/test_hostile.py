@@ -144,14 +144,25 @@ def _damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(content[: rng.randrange(len(content) + 1)]) if rng.random() < 0.1 else bytes(content)
 
 
+def _value(plain: object, rng: random.Random) -> object:
+    """Anything, or a value like the plain one."""
+    if rng.random() < 0.5:
+        return rng.choice(VALUES)
+    if isinstance(plain, bool):
+        return not plain
+    if isinstance(plain, int | float):
+        return type(plain)(rng.choice((1, 2, 4, 16, 0.5, 0.25)))
+    return plain
+
+
 # The kinds of input. Each takes the random generator and the test's tools, and asserts.
 
 
 def settings(rng, tools):
     """A method's settings in Python: what is taken is what was given."""
     name = rng.choice(list(METHODS))
-    known = list(asdict(make_method(name)))
-    given = {rng.choice([*known, "unknown"]): rng.choice(VALUES) for _ in range(rng.randint(1, 3))}
+    known = asdict(make_method(name)) | {"unknown": 1}
+    given = {key: _value(known[key], rng) for key in rng.sample(list(known), rng.randint(1, min(3, len(known))))}
     taken = []
     if not _refused(lambda: taken.append(make_method(name, **given))):
         for key, value in given.items():
@@ -163,7 +174,8 @@ def settings(rng, tools):
 
 def configurations_of_runs(rng, tools):
     kind, known = rng.choice(((TrainConfig, {}), (Request, {"model": "llava-1.5-7b"})))
-    given = {rng.choice(list(kind.__dataclass_fields__)): rng.choice(VALUES) for _ in range(rng.randint(1, 3))}
+    fields = kind.__dataclass_fields__
+    given = {name: _value(fields[name].default, rng) for name in rng.sample(list(fields), rng.randint(1, 3))}
     taken = []
     if not _refused(lambda: taken.append(kind(**known | given))):
         for key, value in given.items():
@@ -184,6 +196,7 @@ def command_lines(rng, tools):
     for _ in range(rng.randint(1, 3)):
         value = rng.choice(VALUES)
         text = value if isinstance(value, str) else json.dumps(value)
+        text = text if rng.random() < 0.5 else str(rng.choice((1, 2, 4, 0.5)))
         option = rng.choice(
             {
                 "train": ("--set", "--batch-size", "--learning-rate", "--epochs", "--seed", "--max-steps", "--tracker",
