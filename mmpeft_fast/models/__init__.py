@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
 # What transformers and the readers below it raise for damaged files and for values that mean nothing.
 UNLOADABLE = (
     *(ImportError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
-    *(StrictDataclassError, SafetensorError),
+    *(AssertionError, StrictDataclassError, SafetensorError),
 )
 
 __all__ = [
@@ -89,10 +89,11 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
         family = _family_for(config["model_type"], f"model {name_or_path!r}")
         check_config(family.model_class.config_class.from_pretrained(name_or_path))
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+        family.layers_of(model)
         processor = family.processor_class.from_pretrained(name_or_path)
     except UNLOADABLE as error:
         kind = "folder" if Path(name_or_path).is_dir() else "model name"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load a model and its processor from {kind} {name_or_path!r}: {reason}") from error
     return model, processor
 

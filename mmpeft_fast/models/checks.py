@@ -44,6 +44,7 @@ def check_config(config: PretrainedConfig) -> None:
             if hasattr(part, name) and not (value is None and name in _MAY_BE_NONE):
                 check_value(f"{where}{name}", value, hint)
         _check_heads(part, where)
+        _check_feature_layers(part, where)
         rope = getattr(part, "rope_parameters", None)
         if rope is not None:
             check_value(f"{where}rope_parameters", rope, dict)
@@ -68,6 +69,16 @@ def _check_heads(part: PretrainedConfig, where: str) -> None:
     side, patch = getattr(part, "image_size", None), getattr(part, "patch_size", None)
     if side and patch and patch > side:
         raise ValueError(f"{where}patch_size: expected at most the image_size {side}, got {patch}")
+
+
+def _check_feature_layers(part: PretrainedConfig, where: str) -> None:
+    """The hidden states of the vision tower that a connector reads: its layers' and, first, its embeddings'."""
+    chosen = getattr(part, "vision_feature_layer", None)
+    number = getattr(getattr(part, "vision_config", None), "num_hidden_layers", None)
+    if chosen is None or number is None:
+        return
+    for layer in chosen if isinstance(chosen, list | tuple) else [chosen]:
+        check_value(f"{where}vision_feature_layer", layer, Annotated[int, between(-number - 1, number)])
 
 
 def _check_rope(rope: dict[str, Any], where: str) -> None:

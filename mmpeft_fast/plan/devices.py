@@ -61,7 +61,7 @@ class Device:
             numbers |= {f"gemm {dtype} at {flops:g}": rate for flops, rate in points}
             numbers |= {f"FLOPs of gemm {dtype}": flops for flops, _ in points}
         for name, value in numbers.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise ValueError(f"device {self.name}: expected {name} to be a positive number, got {value!r}")
         for name in ("launch_s", "host_s", "reserve_bytes"):
             if not getattr(self, name) >= 0:

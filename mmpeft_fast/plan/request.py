@@ -94,7 +94,7 @@ def model_config(model: str) -> PretrainedConfig:
             if model_type in family.model_types:
                 config = family.model_class.config_class.from_pretrained(model, local_files_only=True)
                 check_config(config)
-                empty_model(config)  # what only building it would tell
+                family.layers_of(empty_model(config))  # what only building it would tell
                 return config
     except UNLOADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__

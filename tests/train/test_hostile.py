@@ -187,7 +187,7 @@ def command_lines(rng, tools):
     command = rng.choice(("train", "train", "plan", "plan", "study", "doctor", "profile"))
     words = {
         "train": ["--model", "tiny-llava", "--method", "lora", "--set", "r=4", "--data", "nowhere.json", "--output"],
-        "plan": ["--model", str(tools["config"]), "--device", "a100-80", "--batch-size", "2", "--seq-len", "64"],
+        "plan": ["--model", str(tools["config"]), "--device", "a100-80", "--batch-size", "2", "--seq-len", "128"],
         "study": ["--report-only", "--output"],
         "doctor": ["--json"],
         "profile": ["--model", "tiny-none", "--output"],
