@@ -34,8 +34,10 @@ def test_killed_at_random_moments(num_kills, make_model, samples, collator, tmp_
         for _ in range(3):  # killed again and again in one folder
             child = multiprocessing.get_context("fork").Process(target=run, args=(output,))
             child.start()
-            time.sleep(rng.uniform(0, 1.2 * elapsed_s))
-            killed_at_work += child.is_alive() and output.exists()
+            while child.is_alive() and not output.exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, elapsed_s))
+            killed_at_work += child.is_alive()
             child.kill()
             child.join()
             if output.exists():
