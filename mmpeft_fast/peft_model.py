@@ -34,6 +34,7 @@ _FUSED_CLASSES = {
 # Attributes that fuse puts on modules; unfuse removes them.
 _FUSE_ATTRIBUTES = (
     "cache_idx",
+    "decoder_path",
     "full_attention",
     "has_own_forward",
     "is_tail",
@@ -211,6 +212,7 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
+        base.paths, base.decoder_path = paths, family.decoder
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
     if any(seen.part == PREFIX and seen.reason is None for seen in found):

@@ -35,7 +35,8 @@ def is_publishers(model: nn.Module) -> bool:
 
 @functools.cache
 def _in_front(ours: type, theirs: type) -> type:
-    return type(theirs.__name__, (Swapped, ours, theirs), {"_swapped_from": theirs, "__module__": theirs.__module__})
+    namespace = {"_swapped_from": theirs, "_maker": (_in_front, (ours, theirs)), "__module__": theirs.__module__}
+    return type(theirs.__name__, (Swapped, ours, theirs), namespace)
 
 
 def adopt(model: nn.Module) -> None:
