@@ -5,24 +5,20 @@ In visual question answering 1 to 5 % of the tokens carry one; everything here i
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from mmpeft_fast.layers.class_swap import Swapped, is_swapped
+from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
-from mmpeft_fast.layers.shipped import forward_owner, has_hooks, is_shipped, runs_as_shipped, why_not_shipped
-from mmpeft_fast.layers.sites import Unfusable, read_linear
+from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
+from mmpeft_fast.layers.reading import sites_of
+from mmpeft_fast.layers.sites import Unfusable, has_hooks, read_linear, read_norm, runs_as_known
 from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
 from mmpeft_fast.ops.segments import Segment
-
-_logger = logging.getLogger(__name__)
 
 # Keywords beside those in the signature of a model's forward whose meaning for the loss is known.
 _KEYWORDS = frozenset(("num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict", "use_cache"))
@@ -157,21 +153,30 @@ class FusedCausalLM(Swapped):
         keep = kwargs.get("logits_to_keep", 0)
         if isinstance(keep, Tensor) or keep:
             return False
-        unknown = kwargs.keys() - _KEYWORDS - _parameters_of(type(self))
+        unknown = kwargs.keys() - _KEYWORDS - _parameters_of(own_class(self))
         if any(name != "shift_labels" or kwargs[name] is not None for name in unknown):
             return False
         return why_not_known(self) is None
 
     def _asks_for(self, name: str, kwargs) -> bool:
-        return bool(kwargs.get(name, getattr(getattr(self.config, "text_config", self.config), name, False)))
+        """Whether a call, or a configuration where the call does not say, asks the decoder for more than the stream."""
+        configs = (self.config, self.config.get_text_config())
+        return bool(kwargs.get(name, any(getattr(config, name, False) for config in configs)))
 
-    def _tail_is_free(self) -> bool:
-        """Whether nobody sees how many positions the stream has behind the last layer's attention."""
+    def _mark_tail(self) -> list[nn.Module]:
+        """The layers that run at this call, the last one marked; none where nobody can say which these are."""
         decoder = self.get_submodule(self.decoder_path)
-        last, norm = self.paths.layers_of(decoder)[-1], self.paths.norm_of(decoder)
-        if has_hooks(last) or not is_swapped(last):
-            return False
-        return all(runs_as_shipped(module) for module in (self.base_model, decoder, *norm.modules()))
+        parts = called_parts(self, decoder)
+        if not all(runs_as_known(module, role) for module, role in parts) or not _is_read(self.paths.norm_of(decoder)):
+            return []
+        depth = decoder.config.num_hidden_layers
+        layers = self.paths.layers_of(decoder)[:depth]
+        if len(layers) < depth or len(set(map(id, layers))) < depth or not all(map(is_swapped, layers)):
+            return []
+        for layer in layers:
+            if layer.is_tail != (layer is layers[-1]):
+                layer.is_tail = layer is layers[-1]
+        return layers
 
     def _loss_from_tail(
         self,
@@ -192,16 +197,14 @@ class FusedCausalLM(Swapped):
         tail = {}
         # Keys of a cache are not counted by the queries' own positions, and it wants to be given all of them.
         no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
-        if no_cache and self._tail_is_free():
+        is_seen = any(self._asks_for(name, kwargs) for name in ("output_hidden_states", "output_attentions"))
+        layers = self._mark_tail() if no_cache and not is_seen else []
+        if layers and not has_hooks(layers[-1]):
             is_padding = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None
             if right_padded and self.full_attention and is_padding and not self._may_be_packed(kwargs):
-                tail["ignore_padding"] = True
-            if (
-                self.sparse_last_layer
-                and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]
-                and not self._asks_for("output_hidden_states", kwargs)
-                and not self._asks_for("output_attentions", kwargs)
-            ):
+                if not any(has_hooks(layer) or not _is_fused(layer, self.paths) for layer in layers):
+                    tail["ignore_padding"] = True
+            if self.sparse_last_layer and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]:
                 tail["supervised_rows"] = rows
         outputs = self.base_model(**kwargs, **tail)
         hidden = outputs.last_hidden_state
@@ -229,50 +232,58 @@ class FusedCausalLM(Swapped):
         return torch.where(supervised > 0, loss, torch.zeros_like(loss) / count)
 
 
+def called_parts(model: nn.Module, decoder: nn.Module) -> list[tuple[nn.Module, str]]:
+    """What stands between a model and its layers, and what it is known as."""
+    above = [] if model.base_model is decoder else [(model.base_model, "multimodal_model")]
+    return [*above, (decoder, "decoder")]
+
+
+def _is_read(norm: nn.Module) -> bool:
+    """Whether the final norm works row by row."""
+    if any("forward" in part.__dict__ or has_hooks(part) for part in norm.modules()):
+        return False
+    try:
+        read_norm(norm, is_called=True)
+    except Unfusable:
+        return False
+    return True
+
+
+def _is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
+    try:
+        sites_of(layer, paths)
+    except Unfusable:
+        return False
+    return True
+
+
 def why_not_known(model: nn.Module) -> str | None:
     """Why the token-sparse tail may not take over a model's head and loss, or None: it computes what the library's own
     forward does with the library's own loss and a head that works row by row."""
-    if "forward" in model.__dict__:
-        return f"the forward of a {type(model).__name__} was replaced"
-    loss = model.loss_function
-    # A compiler takes the answers for constants; it is shown classes and functions, not modules.
-    reason = _why_not_shipped(type(model)) or _why_not_loss(loss if isinstance(loss, FunctionType) else None)
+    if "forward" in model.__dict__ and not (is_swapped(model) and _is_wrapped_by_library(model)):
+        return f"the forward of a {type(model).__name__} was replaced; fuse before that"
+    reason = why_unknown(own_class(model), "causal_lm")
+    if reason is None:
+        reason = why_unknown_function(model.loss_function, "loss")
     return reason or _why_not_head(model)
 
 
-@torch.compiler.assume_constant_result
-def _why_not_shipped(kind: type) -> str | None:
-    return why_not_shipped(kind)
-
-
-@torch.compiler.assume_constant_result
-def _why_not_loss(loss: Callable | None) -> str | None:
-    if loss is None or not _is_known_loss(loss, *_loss_parts()):
-        return "its loss_function is not the one that transformers has for it"
-    return None
-
-
-def _loss_parts() -> tuple[Callable, Callable]:
-    """What transformers' loss calls, as it stands."""
-    return ForCausalLMLoss.__globals__.get("fixed_cross_entropy"), nn.functional.cross_entropy
-
-
-@functools.cache
-def _is_known_loss(loss: Callable, inner: Callable, cross_entropy: Callable) -> bool:
-    return (
-        is_shipped(loss, ForCausalLMLoss.__module__, "ForCausalLMLoss")
-        and is_shipped(inner, ForCausalLMLoss.__module__, "fixed_cross_entropy")
-        and is_shipped(cross_entropy, "torch.nn.functional", "cross_entropy")
-    )
+def _is_wrapped_by_library(model: nn.Module) -> bool:
+    """Whether a replaced forward is the class's own inside wrappers of accelerate (autocast) or torch."""
+    forward = model.__dict__["forward"]
+    while getattr(forward, "__func__", forward) is not type(model).forward:
+        if package_of(forward) not in ("accelerate", "torch") or not hasattr(forward, "__wrapped__"):
+            return False
+        forward = forward.__wrapped__
+    return True
 
 
 def _why_not_head(model: nn.Module) -> str | None:
-    head, config = model.lm_head, model.config
-    if not all(runs_as_shipped(module) for module in head.modules()):
+    head, config = model.lm_head, model.config.get_text_config()
+    if not all(runs_as_known(module, "head") for module in head.modules()):
         return "its head is of a kind that is not known, or carries hooks"
-    vocabulary = getattr(config, "text_config", config).vocab_size
     width = getattr(head, "out_features", None)
-    return None if width == vocabulary else f"its head has {width} outputs, its configuration {vocabulary} words"
+    return None if width == config.vocab_size else f"its head has {width} outputs, its vocabulary {config.vocab_size}"
 
 
 def _is_count(count) -> bool:
@@ -282,7 +293,7 @@ def _is_count(count) -> bool:
 
 @torch.compiler.assume_constant_result
 def _parameters_of(kind: type) -> frozenset[str]:
-    return _parameters(forward_owner(kind).forward)
+    return _parameters(kind.forward)
 
 
 @functools.cache
