@@ -217,16 +217,13 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
     if any(seen.part == PREFIX and seen.reason is None for seen in found):
-        hf_peft.fuse_prefix(model, decoder, paths)
+        hf_peft.fuse_prefix(model, decoder)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
-    base = base_model(model)
-    if is_fused(model):
-        family = family_of(base)
-        hf_peft.unfuse_prefix(model, family.decoder_of(base), family.paths)
+    hf_peft.unfuse_prefix(model)
     for module in model.modules():
         if is_swapped(module):
             restore_class(module)

@@ -47,7 +47,7 @@ def learn() -> dict[str, dict[str, list[str]]]:
     )
     with known.learning() as learnt:
         known.judge_class(nn.SiLU, "silu")
-        for kind in (PeftLoraLinear, PeftIA3Linear, ModulesToSaveWrapper, nn.ModuleDict, nn.ParameterDict, nn.Dropout):
+        for kind in (PeftLoraLinear, PeftIA3Linear, ModulesToSaveWrapper, nn.ModuleDict, nn.Identity, nn.Dropout):
             known.judge_class(kind, "head")
         for family in FAMILIES.values():
             model = _model(family)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
-from mmpeft_fast.layers.reading import sites_of
+from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.layers.sites import Unfusable, has_hooks, read_linear, read_norm, runs_as_known
 from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
@@ -122,8 +122,10 @@ class FusedCausalLM(Swapped):
         if args:
             # Only the names bound to positions matter here; transformers' models are called by keyword.
             kwargs = dict(zip(inspect.signature(base_forward).parameters, args, strict=False)) | kwargs
-        if self.training and kwargs.get("use_cache") is None and not self._may_be_packed(kwargs):
-            kwargs["use_cache"] = False  # a training pass has no use for keys and values
+        if self.training and kwargs.get("use_cache") is None:
+            # A training pass has no use for keys and values, where nobody counts on their place in a tuple.
+            if not self._may_be_packed(kwargs) and self._returns_fields(kwargs):
+                kwargs["use_cache"] = False
         if self.training and not self.keep_logits and self._takes_loss(kwargs):
             return self._loss_from_tail(**hints, **kwargs)
         return base_forward(**kwargs)
@@ -132,10 +134,14 @@ class FusedCausalLM(Swapped):
         """Without a mask and a cache transformers takes positions that jump for several sequences in one."""
         return kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
 
+    def _returns_fields(self, kwargs) -> bool:
+        asked = kwargs.get("return_dict")
+        return getattr(self.config, "return_dict", True) if asked is None else bool(asked)
+
     def _takes_loss(self, kwargs) -> bool:
         """Whether the tail computes what the model's own forward would, for these arguments."""
         labels = kwargs.get("labels")
-        if labels is None or kwargs.get("return_dict") is False or not getattr(self.config, "return_dict", True):
+        if labels is None or not self._returns_fields(kwargs):
             return False
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -201,9 +207,9 @@ class FusedCausalLM(Swapped):
         layers = self._mark_tail() if no_cache and not is_seen else []
         if layers and not has_hooks(layers[-1]):
             is_padding = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None
-            if right_padded and self.full_attention and is_padding and not self._may_be_packed(kwargs):
-                if not any(has_hooks(layer) or not _is_fused(layer, self.paths) for layer in layers):
-                    tail["ignore_padding"] = True
+            can_be_ignored = right_padded and self.full_attention and is_padding and not self._may_be_packed(kwargs)
+            if can_be_ignored and all(is_fused(layer, self.paths) and not has_hooks(layer) for layer in layers):
+                tail["ignore_padding"] = True
             if self.sparse_last_layer and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]:
                 tail["supervised_rows"] = rows
         outputs = self.base_model(**kwargs, **tail)
@@ -249,14 +255,6 @@ def _is_read(norm: nn.Module) -> bool:
     return True
 
 
-def _is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
-    try:
-        sites_of(layer, paths)
-    except Unfusable:
-        return False
-    return True
-
-
 def why_not_known(model: nn.Module) -> str | None:
     """Why the token-sparse tail may not take over a model's head and loss, or None: it computes what the library's own
     forward does with the library's own loss and a head that works row by row."""
@@ -280,7 +278,8 @@ def _is_wrapped_by_library(model: nn.Module) -> bool:
 
 def _why_not_head(model: nn.Module) -> str | None:
     head, config = model.lm_head, model.config.get_text_config()
-    if not all(runs_as_known(module, "head") for module in head.modules()):
+    called = [module for module in head.modules() if type(module) is not nn.ParameterDict]
+    if not all(runs_as_known(module, "head") for module in called):
         return "its head is of a kind that is not known, or carries hooks"
     width = getattr(head, "out_features", None)
     return None if width == config.vocab_size else f"its head has {width} outputs, its vocabulary {config.vocab_size}"
