@@ -122,10 +122,10 @@ class FusedCausalLM(Swapped):
         if args:
             # Only the names bound to positions matter here; transformers' models are called by keyword.
             kwargs = dict(zip(inspect.signature(base_forward).parameters, args, strict=False)) | kwargs
-        if self.training and kwargs.get("use_cache") is None:
+        is_free = self._returns_fields(kwargs) and not self._may_be_packed(kwargs)
+        if self.training and is_free and kwargs.get("use_cache") is None:
             # A training pass has no use for keys and values, where nobody counts on their place in a tuple.
-            if not self._may_be_packed(kwargs) and self._returns_fields(kwargs):
-                kwargs["use_cache"] = False
+            kwargs["use_cache"] = False
         if self.training and not self.keep_logits and self._takes_loss(kwargs):
             return self._loss_from_tail(**hints, **kwargs)
         return base_forward(**kwargs)

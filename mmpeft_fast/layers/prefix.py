@@ -18,7 +18,10 @@ EAGER_PREFIX = "mmpeft_prefix"
 
 
 class CallPrefix(NamedTuple):
-    """A materialised prefix that goes to the layers with one call. flat: [P, 2 * L * HK * DH]; shape: (L, 2, HK, DH)."""
+    """A materialised prefix that goes to the layers with one call.
+
+    flat: [P, 2 * L * HK * DH]; shape: (L, 2, HK, DH).
+    """
 
     flat: Tensor
     shape: tuple[int, int, int, int]
@@ -66,11 +69,14 @@ class PrefixEncoder(nn.Module):
 
     def shift_positions(self, _, args, kwargs):
         """Text positions start at P: registered as the rotary embedding's forward pre-hook."""
-        for name in ("position_ids", "columns"):
-            if kwargs.get(name) is not None:
-                kwargs = {**kwargs, name: kwargs[name] + self.num_virtual_tokens}
-        else:
+        shifted = {
+            name: kwargs[name] + self.num_virtual_tokens
+            for name in ("position_ids", "columns")
+            if kwargs.get(name) is not None
+        }
+        if len(args) > 1:
             args = (args[0], args[1] + self.num_virtual_tokens, *args[2:])
+        kwargs = {**kwargs, **shifted}
         return args, kwargs
 
     def __getstate__(self):
