@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mmpeft_fast import hf_peft
+from mmpeft_fast.layers.causal_lm import why_not_known
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.reading import read_layer
@@ -112,7 +113,7 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
         Candidate("decoder layers", names[id(layer)], layer, _why_no_layer(layer, paths, layers)) for layer in layers
     ]
     found.append(Candidate("final norm", names[id(norm)], norm, _why_no_norm(norm)))
-    found.append(Candidate("head and loss", type(base).__name__, base, _reason(base)))
+    found.append(Candidate("head and loss", type(base).__name__, base, why_not_known(base)))
     for module in family.modules_at(base, family.vision_tower):
         found.append(Candidate("vision tower", names[id(module)], module, _reason(module)))
     if hf_peft.has_prefix(model):

@@ -13,7 +13,8 @@ from mmpeft_fast import hf_peft
 from mmpeft_fast.fusion import PREFIX, candidates, report_of
 from mmpeft_fast.layers.causal_lm import FusedCausalLM
 from mmpeft_fast.layers.class_swap import is_swapped, own_class, restore_class, swap_class
-from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless
+from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
+from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
@@ -33,6 +34,7 @@ _FUSED_CLASSES = {
 # Attributes that fuse puts on modules; unfuse removes them.
 _FUSE_ATTRIBUTES = (
     "cache_idx",
+    "decoder_path",
     "full_attention",
     "has_own_forward",
     "is_tail",
@@ -211,19 +213,17 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
+        base.paths, base.decoder_path = paths, family.decoder
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
     if any(seen.part == PREFIX and seen.reason is None for seen in found):
-        hf_peft.fuse_prefix(model, decoder, paths)
+        hf_peft.fuse_prefix(model, decoder)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
-    base = base_model(model)
-    if is_fused(model):
-        family = family_of(base)
-        hf_peft.unfuse_prefix(model, family.decoder_of(base), family.paths)
+    hf_peft.unfuse_prefix(model)
     for module in model.modules():
         if is_swapped(module):
             restore_class(module)

@@ -228,6 +228,15 @@ def sites_of(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
     return reading.sites(layer, paths)
 
 
+def is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
+    """Whether a layer with a fused class would run fused now, as far as the call's arguments do not decide it."""
+    try:
+        sites_of(layer, paths)
+    except Unfusable:
+        return False
+    return True
+
+
 def check_arguments(attn: nn.Module, mask: object, num_queries: int, others: dict) -> None:
     """Raises Unfusable where the arguments of a call ask a layer's attention for something else than causal attention
     under a bool or additive mask. others: keyword arguments that the fused layer has no use for."""

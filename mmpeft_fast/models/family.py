@@ -65,7 +65,10 @@ class Family:
         return self.paths.layers_of(self.decoder_of(model))
 
     def vouch(self, model: nn.Module) -> None:
-        """Takes the classes of a publisher's layers as known: `is_publishers` has recognised them by their parts."""
+        """Takes a publisher's classes as known: `is_publishers` has recognised them by their parts, and `adopt` gives
+        them this package's forward."""
+        known.accept(own_class(model), "causal_lm")
+        known.accept(own_class(self.decoder_of(model)), "decoder")
         for layer in self.layers_of(model):
             known.accept(own_class(layer), "decoder_layer")
             for path in self.paths.containers:
