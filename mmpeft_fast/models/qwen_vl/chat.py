@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from mmpeft_fast.models.qwen_vl.images import path_bytes
@@ -216,13 +215,3 @@ def _plain_and_special(tokenizer: PreTrainedTokenizerFast, text: str, special: r
     for index, piece in enumerate(special.split(text)):
         if piece:
             yield [tokenizer.convert_tokens_to_ids(piece)] if index % 2 else piece
-
-
-def as_row(chat: EncodedChat, loss: str, ignore_index: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` [T] of a conversation, -100 (`ignore_index`) where nothing counts."""
-    ids, counted = torch.tensor(chat.input_ids), torch.tensor(getattr(chat, loss))
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.where(counted, ids, ignore_index),
-    }
