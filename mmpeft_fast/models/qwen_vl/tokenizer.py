@@ -37,9 +37,10 @@ CHAT_TEMPLATE = (
 class QwenVLTokenizer(PreTrainedTokenizerFast):
     """Text to ids and back; conversations by `chat.encode_chats`. `num_queries`: ids of an image span."""
 
-    def __init__(self, *args, num_queries: int = 256, **kwargs):
-        super().__init__(*args, num_queries=num_queries, **kwargs)
-        self.num_queries = num_queries
+    # Without an `__init__` of its own: transformers rebuilds the backend of classes that have one.
+    @property
+    def num_queries(self) -> int:
+        return self.init_kwargs.get("num_queries", 256)
 
     def _encode_plus(self, text, text_pair=None, **kwargs):
         return super()._encode_plus(text=_normalised(text), text_pair=_normalised(text_pair), **kwargs)
