@@ -102,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="longest sample (default: %(default)s)"
     )
+    group.add_argument(
+        "--loss",
+        choices=("publisher", "answers"),
+        default="publisher",
+        help="what counts: as the model's publisher fine-tunes (Qwen-VL-Chat: the turns' markers too, samples cut "
+        "wherever --max-length falls), or answers alone; the same for other families (default: %(default)s)",
+    )
     group.add_argument("--padding-side", choices=("right", "left"), default="right", help="(default: %(default)s)")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that load images (default: none)")
     group.add_argument(
@@ -151,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
-    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length)
+    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length, loss=args.loss)
     collator.check([*samples, *eval_samples])
     seed_everything(config.seed)  # the method's initial values
     method = study_method(model, args.method, **settings)
