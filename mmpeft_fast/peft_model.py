@@ -13,7 +13,8 @@ from mmpeft_fast import hf_peft
 from mmpeft_fast.fusion import PREFIX, candidates, report_of
 from mmpeft_fast.layers.causal_lm import FusedCausalLM
 from mmpeft_fast.layers.class_swap import is_swapped, own_class, restore_class, swap_class
-from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless
+from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
+from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
