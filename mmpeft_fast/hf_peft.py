@@ -10,6 +10,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
+from mmpeft_fast.layers.causal_lm import asks_for_attentions
 from mmpeft_fast.layers.class_swap import Swapped, swap_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.sites import (
@@ -143,6 +144,8 @@ class _FusedPeftPrefixModel(Swapped):
     """Mixin for a PeftModel with prefix-tuning: hands the prefix to attention instead of building a cache from it."""
 
     def forward(self, *args, **kwargs):
+        if asks_for_attentions(self.get_base_model(), kwargs):  # layers of their own see a prefix in a cache alone
+            return super().forward(*args, **kwargs)
         prefix = self.fused_prefix
         prefix.prepare(self)
         prefix.active = True

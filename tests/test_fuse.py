@@ -315,5 +315,3 @@ def test_add_peft_errors():
         add_peft(add_baseline(tiny_model("llava", num_layers=1), LoRA(r=2))[0], LoRA(r=2))
     with pytest.raises(ValueError, match="is fused; call unfuse"):
         add_peft(fuse(tiny_model("llava", num_layers=1)), LoRA(r=2))
-    with pytest.raises(ValueError, match="does not materialise attention weights"):
-        fuse(model)(**tiny_batch("llava"), output_attentions=True)

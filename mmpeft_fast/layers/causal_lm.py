@@ -80,8 +80,6 @@ class FusedCausalLM(Swapped):
         hints = {name: kwargs.get(name) for name in ("supervised_capacity", "right_padded")}
         # A dict of our own: a compiler does not look through what others do once it has seen the caller's changed.
         kwargs = {name: value for name, value in kwargs.items() if name not in hints}
-        if kwargs.get("output_attentions"):
-            raise ValueError("a fused model does not materialise attention weights; call unfuse(model) to see them")
         base_forward = super().forward
         if args:
             # Only the names bound to positions matter here; transformers' models are called by keyword.
@@ -89,6 +87,8 @@ class FusedCausalLM(Swapped):
         if self.training:
             kwargs.setdefault("use_cache", False)  # a training pass has no use for keys and values
         if not self.training or self.keep_logits or kwargs.get("labels") is None:
+            return base_forward(**kwargs)
+        if asks_for_attentions(self, kwargs):  # the layers run unfused, and nothing is saved by a tail behind them
             return base_forward(**kwargs)
         return self._loss_from_tail(**hints, **kwargs)
 
@@ -136,6 +136,13 @@ class FusedCausalLM(Swapped):
         return total / (
             (targets != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count, device=total.device)
         )
+
+
+def asks_for_attentions(model: nn.Module, kwargs: dict) -> bool:
+    """Whether a call of a transformers model wants attention weights, by argument or else by configuration."""
+    asked = kwargs.get("output_attentions")
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "output_attentions", False) for config in configs) if asked is None else bool(asked)
 
 
 def _plain_head(module: nn.Module) -> Segment | None:
