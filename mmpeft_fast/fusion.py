@@ -11,6 +11,7 @@ from mmpeft_fast import hf_peft
 from mmpeft_fast.layers.causal_lm import why_not_known
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.graphless import marked_modules
 from mmpeft_fast.layers.reading import read_layer
 from mmpeft_fast.layers.sites import Unfusable, check_forward, read_norm
 from mmpeft_fast.models import Family, base_model, family_of
@@ -114,7 +115,7 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
     ]
     found.append(Candidate("final norm", names[id(norm)], norm, _why_no_norm(norm)))
     found.append(Candidate("head and loss", type(base).__name__, base, why_not_known(base)))
-    for module in family.modules_at(base, family.vision_tower):
+    for module in marked_modules(family.modules_at(base, family.vision_tower), base):
         found.append(Candidate("vision tower", names[id(module)], module, _reason(module)))
     if hf_peft.has_prefix(model):
         found.append(Candidate(PREFIX, type(model).__name__, model, _why_no_prefix(found, family.full_attention(base))))

@@ -12,6 +12,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
+from mmpeft_fast.layers.causal_lm import asks_for
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, swap_class
 from mmpeft_fast.layers.prefix import CallPrefix
 from mmpeft_fast.layers.reading import is_fused
@@ -150,6 +151,8 @@ class _FusedPeftPrefixModel(Swapped):
         if not has_prefix(self) or (mask is not None and mask.dim() != 2):
             return False
         base = self.get_base_model()
+        if asks_for(base, "output_attentions", kwargs):  # layers of their own see a prefix in a cache alone
+            return False
         paths, decoder = base.paths, base.get_submodule(base.decoder_path)
         return all(is_swapped(layer) and is_fused(layer, paths) for layer in paths.layers_of(decoder))
 

@@ -19,7 +19,7 @@ from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
-from mmpeft_fast.layers.stacked_weights import owners, stack_linears
+from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
 
@@ -44,6 +44,7 @@ _FUSE_ATTRIBUTES = (
     "reading",
     "said",
     "sparse_last_layer",
+    "tower",
 )
 
 
@@ -210,6 +211,8 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
     for seen in found:
         if seen.reason is None and seen.part in _FUSED_CLASSES:
             swap_class(seen.module, _FUSED_CLASSES[seen.part])
+            if seen.part == "vision tower":
+                seen.module.tower = tuple(family.modules_at(base, family.vision_tower))
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
@@ -229,6 +232,7 @@ def unfuse(model: nn.Module) -> nn.Module:
             restore_class(module)
             for name in _FUSE_ATTRIBUTES:
                 module.__dict__.pop(name, None)
+    unstack(model)
     return model
 
 

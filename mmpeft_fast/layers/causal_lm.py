@@ -143,6 +143,8 @@ class FusedCausalLM(Swapped):
         labels = kwargs.get("labels")
         if labels is None or not self._returns_fields(kwargs):
             return False
+        if asks_for(self, "output_attentions", kwargs):  # all layers run unfused: a tail behind them saves nothing
+            return False
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         known_tensors = (
@@ -163,11 +165,6 @@ class FusedCausalLM(Swapped):
         if any(name != "shift_labels" or kwargs[name] is not None for name in unknown):
             return False
         return why_not_known(self) is None
-
-    def _asks_for(self, name: str, kwargs) -> bool:
-        """Whether a call, or a configuration where the call does not say, asks the decoder for more than the stream."""
-        configs = (self.config, self.config.get_text_config())
-        return bool(kwargs.get(name, any(getattr(config, name, False) for config in configs)))
 
     def _mark_tail(self) -> list[nn.Module]:
         """The layers that run at this call, the last one marked; none where nobody can say which these are."""
@@ -203,7 +200,7 @@ class FusedCausalLM(Swapped):
         tail = {}
         # Keys of a cache are not counted by the queries' own positions, and it wants to be given all of them.
         no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
-        is_seen = any(self._asks_for(name, kwargs) for name in ("output_hidden_states", "output_attentions"))
+        is_seen = asks_for(self, "output_hidden_states", kwargs)
         layers = self._mark_tail() if no_cache and not is_seen else []
         if layers and not has_hooks(layers[-1]):
             is_padding = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None
@@ -298,6 +295,14 @@ def _parameters_of(kind: type) -> frozenset[str]:
 @functools.cache
 def _parameters(forward: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
+
+
+def asks_for(model: nn.Module, name: str, kwargs: dict) -> bool:
+    """Whether a call of a transformers model asks for more than its result ("output_attentions"), by argument or else
+    by configuration."""
+    asked = kwargs.get(name)
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, name, False) for config in configs) if asked is None else bool(asked)
 
 
 def _plain_head(module: nn.Module) -> Segment | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.prefix import CallPrefix
-from mmpeft_fast.layers.reading import check_arguments, sites_of
+from mmpeft_fast.layers.reading import Recorded, check_arguments, sites_of
 from mmpeft_fast.layers.sites import Unfusable, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
@@ -126,11 +126,16 @@ class FusedDecoderLayer(Swapped):
         """Says once that the layer runs its own forward, or raises where that would not compute the same."""
         if not self.has_own_forward or prefix is not None:
             raise reason
+        who = f"layer {self.cache_idx} runs"
+        if isinstance(reason, Recorded):
+            if self.cache_idx:  # one layer speaks for all
+                return
+            who = "all layers run"
         if torch.compiler.is_compiling():
-            _say(self.cache_idx, str(reason))
+            _say(who, str(reason))
         elif str(reason) not in self.__dict__.setdefault("said", set()):
             self.said.add(str(reason))
-            _say(self.cache_idx, str(reason))
+            _say(who, str(reason))
 
     def _attend(self, raw, scales, head_norms, cos_sin, mask, cache, rows, prefix) -> Tensor:
         attn = self.paths.attention_of(self)
@@ -160,8 +165,8 @@ class FusedDecoderLayer(Swapped):
 
 
 @torch.compiler.assume_constant_result  # a compiled graph says it when it is traced
-def _say(layer_idx: int, reason: str) -> None:
-    _logger.warning("layer %d runs unfused: %s", layer_idx, reason)
+def _say(who: str, reason: str) -> None:
+    _logger.warning("%s unfused: %s", who, reason)
 
 
 def full_mask(mask: Tensor | None, num_queries: int) -> Tensor | None:

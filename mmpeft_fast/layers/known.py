@@ -314,6 +314,16 @@ def is_own(function: object) -> bool:
     return package_of(function) == "mmpeft_fast" and is_shipped(function, str(function.__globals__["__name__"]))
 
 
+def is_library(function: object) -> bool:
+    """Whether a function, inside its decorators, stands in the file of a library's module or of this package's."""
+    try:
+        function = _innermost(function)
+    except _Unknown:
+        return False
+    module = str(function.__globals__.get("__name__"))
+    return module.partition(".")[0] in _LIBRARIES and is_shipped(function, module)
+
+
 def is_shipped(function: object, module: str) -> bool:
     """Whether a function is one that a library module ships: defined there, in that module's own file."""
     home = sys.modules.get(module)

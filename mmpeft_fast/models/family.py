@@ -26,7 +26,7 @@ class Family:
         decoder: path of the text model (with `rotary_emb`).
         paths: where the decoder keeps its layers, norms and linear sites.
         connector: paths of what `train_connector` trains: usually the modules between vision tower and decoder.
-        vision_tower: paths of the modules that run without a graph while frozen.
+        vision_tower: paths of the modules between the pixels and the connector.
         sizes: real configurations by name, each a function without arguments.
         tiny_config: (vocabulary size, id of a token by its text) -> configuration of a few million parameters.
         tiny_processor: tokenizer -> processor.
