@@ -75,7 +75,7 @@ def test_attentions_as_unfused(family, by, fused_calls, caplog):
     )  # gradients: test_parity, as eager attention has float32 inside
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llama", "llava"])
 @pytest.mark.parametrize("search", [{"num_beams": 3}, {"do_sample": False}, "assisted"], ids=str)
 def test_attentions_of_generation(family, search, fused_calls):
     batch = {key: value for key, value in tiny_batch(family, batch_size=1).items() if key != "labels"}
