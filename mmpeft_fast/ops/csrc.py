@@ -49,6 +49,16 @@ _CUDA_FAKES = {
 
 
 @functools.cache
+def _register_fakes() -> None:
+    """Once a process, however often the extension is looked for: an op takes one fake."""
+    for name in OPS:
+        torch.library.register_fake(f"mmpeft_fast_c::{name}", _nothing)
+    if hasattr(torch.ops.mmpeft_fast_cuda, "lowrank_gemm_out"):
+        for name, fake in _CUDA_FAKES.items():
+            torch.library.register_fake(f"mmpeft_fast_cuda::{name}", fake)
+
+
+@functools.cache
 def _loaded() -> tuple[ModuleType | None, str | None]:
     """The extension's module, or why there is none. Loading registers the ops."""
     try:
@@ -60,11 +70,7 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
     if module.torch_version != torch.__version__:
         built = f"was built for torch {module.torch_version}, this is {torch.__version__}"
         return None, f"the native extension {built}; build it again"
-    for name in OPS:
-        torch.library.register_fake(f"mmpeft_fast_c::{name}", _nothing)
-    if hasattr(torch.ops.mmpeft_fast_cuda, "lowrank_gemm_out"):
-        for name, fake in _CUDA_FAKES.items():
-            torch.library.register_fake(f"mmpeft_fast_cuda::{name}", fake)
+    _register_fakes()
     return module, None
 
 
