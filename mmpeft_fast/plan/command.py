@@ -151,6 +151,7 @@ def _sweep(args: argparse.Namespace) -> None:
     from mmpeft_fast.plan.charts import sweep_html, sweep_svg
     from mmpeft_fast.plan.report import sweep_text
     from mmpeft_fast.plan.sweep import as_csv, axis, rows_of, swept
+    from mmpeft_fast.train.command import parse_value
 
     for option, path in (("--csv", args.csv), ("--plot", args.plot)):
         if path is not None and not path.resolve().parent.is_dir():
@@ -158,7 +159,7 @@ def _sweep(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix not in (".svg", ".html"):
         raise ValueError(f"--plot: expected a file that ends in .svg or .html, got {args.plot}")
     request = _request(args)
-    axes = [axis(text, _value) for text in args.sweep]
+    axes = [axis(text, parse_value) for text in args.sweep]
     plans = swept(request, args.device, axes)
     rows, names = rows_of(plans), [name for name, _ in axes]
     text = sweep_text(names, rows)
@@ -171,11 +172,3 @@ def _sweep(args: argparse.Namespace) -> None:
         svg = sweep_svg(rows, names, title=title, memory_bytes=memory)
         write_text(args.plot, svg if args.plot.suffix == ".svg" else sweep_html(svg, title, text))
     print(json.dumps(rows, indent=2) if args.json else text)
-
-
-def _value(text: str):
-    """A number, true or false as JSON has them, else the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmpeft_fast.atomic import write_text
+from mmpeft_fast.fields import check_fields, shown
+from mmpeft_fast.json_text import parse
 
 GIB = 2**30
 _DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -42,6 +44,7 @@ class Device:
     sources: Mapping[str, str]
 
     def __post_init__(self):
+        check_fields(self, "device.")
         if self.type not in ("cuda", "cpu"):
             raise ValueError(f"device {self.name}: expected type cuda or cpu, got {self.type!r}")
         numbers = {name: getattr(self, name) for name in ("memory_bytes", "bytes_per_s")}
@@ -51,9 +54,14 @@ class Device:
             points = self.gemm.get(dtype)
             if not points or dtype not in self.attention or dtype not in self.attention_backward:
                 raise ValueError(f"device {self.name}: expected rates of {dtype} for gemm, attention and its backward")
+            if any(len(point) != 2 for point in points):
+                raise ValueError(
+                    f"device {self.name}: expected points (FLOPs, rate) of gemm {dtype}, got {shown(points)}"
+                )
             numbers |= {f"gemm {dtype} at {flops:g}": rate for flops, rate in points}
+            numbers |= {f"FLOPs of gemm {dtype}": flops for flops, _ in points}
         for name, value in numbers.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise ValueError(f"device {self.name}: expected {name} to be a positive number, got {value!r}")
         for name in ("launch_s", "host_s", "reserve_bytes"):
             if not getattr(self, name) >= 0:
@@ -190,10 +198,10 @@ def device_named(name: str) -> Device:
     if not path.is_file():
         raise ValueError(f"device: expected one of {list(DEVICES)} or a profile's file, got {name!r}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse(path.read_text(encoding="utf-8"), name)
         fields["gemm"] = {dtype: tuple(tuple(point) for point in points) for dtype, points in fields["gemm"].items()}
         return Device(**fields)
-    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"device: expected a profile written by --calibrate in {name}: {error}") from error
 
 

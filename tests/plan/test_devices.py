@@ -96,7 +96,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path, text):
     [
         ({"type": "tpu"}, "type cuda or cpu, got 'tpu'"),
         ({"bytes_per_s": 0.0}, "bytes_per_s to be a positive number, got 0.0"),
-        ({"bytes_per_s": float("nan")}, "bytes_per_s to be a positive number, got nan"),
+        ({"bytes_per_s": float("nan")}, "bytes_per_s: expected a number, got nan"),
         ({"launch_s": -1.0}, "launch_s of at least 0, got -1.0"),
         ({"attention": {}}, "expected rates of bf16"),
         ({"gemm": dict.fromkeys(RATES, ((1e6, -5.0),))}, "gemm bf16 at 1e\\+06 to be a positive number, got -5.0"),
