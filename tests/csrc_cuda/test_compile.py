@@ -163,7 +163,9 @@ def test_what_an_entry_refuses_is_an_error_of_python(entries, tmp_path):
     missing = [name for name in undefined(entries) if "cuda" in name.lower() or "GPUTrace" in name]
     stubs, library = tmp_path / "stubs.c", tmp_path / "entries.so"
     stubs.write_text("void abort(void);\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in missing))
-    subprocess.run(["g++", "-shared", "-fPIC", "-o", library, entries, "-x", "c", stubs], check=True)
+    torch_library = Path(torch.__file__).parent / "lib"
+    link = ["g++", "-shared", "-fPIC", "-o", library, entries, "-x", "c", stubs, f"-L{torch_library}"]
+    subprocess.run([*link, "-lc10", "-ltorch_cpu"], check=True)
     result = subprocess.run([sys.executable, "-c", REFUSALS, library], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
