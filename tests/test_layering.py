@@ -32,6 +32,7 @@ ALLOWED = {
     "layers": {"ops"},
     "ops": {"mmpeft_kernels"},
     "mmpeft_kernels": set(),
+    "shipped": {"fusion", "models", "layers"},
     "atomic": set(),
     "fields": set(),
     "json_text": set(),

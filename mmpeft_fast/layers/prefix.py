@@ -53,12 +53,10 @@ class PrefixEncoder(nn.Module):
 
     def shift_positions(self, _, args, kwargs):
         """Text positions start at P: registered as the rotary embedding's forward pre-hook."""
-        for name in ("position_ids", "columns"):
-            if kwargs.get(name) is not None:
-                kwargs = {**kwargs, name: kwargs[name] + self.num_virtual_tokens}
-        else:
-            args = (args[0], args[1] + self.num_virtual_tokens, *args[2:])
-        return args, kwargs
+        hidden_states, *positions = args
+        shifted = {name: kwargs[name] for name in ("position_ids", "columns") if kwargs.get(name) is not None}
+        shifted = {name: value + self.num_virtual_tokens for name, value in shifted.items()}
+        return (hidden_states, *(value + self.num_virtual_tokens for value in positions)), kwargs | shifted
 
     def __getstate__(self):
         # The projection of the last forward pass is a graph tensor: copies and pickles start without it.

@@ -183,7 +183,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(samples):
 @pytest.mark.parametrize("pairs", [1, 2, 40])
 def test_the_work_is_linear_in_the_turns(processor, samples, pairs, monkeypatch):
     """What the chat template is given to write grows with the conversation, not with its square."""
-    collator, given = Collator(processor), []
+    collator, given = Collator(processor, loss="answers"), []
     template = collator._template
     monkeypatch.setattr(
         collator,
