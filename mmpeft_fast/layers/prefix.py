@@ -53,10 +53,9 @@ class PrefixEncoder(nn.Module):
 
     def shift_positions(self, _, args, kwargs):
         """Text positions start at P: registered as the rotary embedding's forward pre-hook."""
-        for name in ("position_ids", "columns"):
-            if kwargs.get(name) is not None:
-                kwargs = {**kwargs, name: kwargs[name] + self.num_virtual_tokens}
-        else:
+        named = [name for name in ("position_ids", "columns") if kwargs.get(name) is not None]
+        kwargs = {**kwargs, **{name: kwargs[name] + self.num_virtual_tokens for name in named}}
+        if "position_ids" not in named:
             args = (args[0], args[1] + self.num_virtual_tokens, *args[2:])
         return args, kwargs
 
