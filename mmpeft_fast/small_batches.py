@@ -87,7 +87,9 @@ def cut_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: batch[name][:1] for name in names}
     grid = batch.get("image_grid_thw")
     if grid is not None and len(grid) == len(labels) and set(others) == {"image_grid_thw", "pixel_values"}:
-        return scalars | row | {"image_grid_thw": grid[:1], "pixel_values": batch["pixel_values"][: int(grid[0].prod())]}
+        return (
+            scalars | row | {"image_grid_thw": grid[:1], "pixel_values": batch["pixel_values"][: int(grid[0].prod())]}
+        )
     if grid is None and all(len(batch[name]) == len(labels) for name in others):
         return scalars | row | {name: batch[name][:1] for name in others}
     return batch

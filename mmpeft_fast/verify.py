@@ -176,9 +176,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Whatever a forward pass leaves behind in modules, buffers and generators is taken back. Inside, nothing draws
     dropout and nothing is checkpointed: only what holds the decoder's layers is in training mode."""
     base = base_model(model)
-    states = [(module, dict(module.__dict__)) for module in model.modules()]
+    states = [_State(module) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    slots = [(module, dict(module._buffers)) for module in model.modules()]
     layers = set(family_of(base).layers_of(base))
     try:
         with (
@@ -193,16 +192,26 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = module not in layers and not layers.isdisjoint(module.modules())
             yield
     finally:
-        for module, state in states:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        for module, slot in slots:
-            module._buffers.clear()
-            module._buffers.update(slot)
+        for state in states:
+            state.restore()
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+class _State:
+    """The attributes of a module and the entries of dicts among them: hooks, buffers, what a forward pass notes."""
+
+    def __init__(self, module: nn.Module):
+        self.attributes, self.kept = module.__dict__, dict(module.__dict__)
+        self.entries = [(value, dict(value)) for value in self.kept.values() if isinstance(value, dict)]
+
+    def restore(self) -> None:
+        for now, before in ((self.attributes, self.kept), *self.entries):
+            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+                now.clear()
+                now.update(before)
 
 
 @dataclass
@@ -371,7 +380,9 @@ class _Run:
                 difference, allowed[place] = self._error(part, place, eager.values, truth.values, fused.values)
                 if what == _INPUT:  # forced on all parts before it, so it is what the model around them gives
                     if difference > 0:
-                        yield Row(base_name, HEAD, f"input of {part.fqn}", difference, floor(torch.float64), head_is_fused)
+                        yield Row(
+                            base_name, HEAD, f"input of {part.fqn}", difference, floor(torch.float64), head_is_fused
+                        )
                     errors = self._error(part, place, eager.grads, truth.grads, fused.grads)
                     yield Row(part.fqn, name, "gradient of the input", *errors)
                 else:
