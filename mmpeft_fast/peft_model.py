@@ -283,7 +283,10 @@ def _refuse(model: nn.Module, found: Comparison, *, everything: bool) -> dict[st
     if everything or is_whole:  # a publisher's layers, and a prefix of HF PEFT, are fused together or not at all
         first = next(iter(reasons.values()))
         reasons = {name: reasons.get(name, first) for name in fused}
+        earlier = [(module, module.refused) for module in model.modules() if "refused" in module.__dict__]
         unfuse(model)
+        for module, reason in earlier:
+            module.refused = reason
     for name, reason in reasons.items():
         _unfuse_module(fused[name].module)
         fused[name].module.refused = reason

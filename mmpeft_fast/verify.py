@@ -289,6 +289,7 @@ class _Run:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         names |= {id(parameter): name for name, parameter in self.base.named_parameters()}
         self.trained = {names[id(p)]: p for p in model.parameters() if p.requires_grad}
+        self.calls: dict[str, list[tuple[tuple, dict]]] = {}  # of each layer in each run
         self.is_double = all(p.dtype == torch.float64 for p in self.base.parameters() if p.is_floating_point())
 
     def rows(self) -> list[Row]:
@@ -302,7 +303,7 @@ class _Run:
                 eager = self._pass(unfused)
                 truth = eager if self.is_double else self._pass(unfused, eager, widened)
             fused = self._pass(self.batch, eager)
-        return list(self._compared(eager, truth, fused))
+            return list(self._compared(eager, truth, fused))
 
     def _pass(self, batch: dict[str, Any], eager: _Pass | None = None, widened: Sequence[nn.Module] = ()) -> _Pass:
         """Runs the model forward and backward, with the eager run's values and gradients at every place."""
@@ -344,6 +345,8 @@ class _Run:
             if module is self.first_layer and not x.requires_grad:
                 x = x.detach().requires_grad_()
                 seen.leaves.append(x)
+            if part.part == _LAYERS and kwargs.get("past_key_values") is None:
+                self.calls.setdefault(part.fqn, []).append((args, kwargs))
             x = passed(x, _INPUT, wide=is_wide)
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
@@ -373,23 +376,20 @@ class _Run:
         allowed = {}
         for part in self.parts:
             name = {_LAYERS: "layer", _NORM: "norm"}.get(part.part, part.part)
-            for what in (_INPUT, _OUTPUT):
+            for what in (_OUTPUT, _INPUT):
                 place = (part.fqn, what)
                 if place not in eager.values:
                     continue
-                difference, allowed[place] = self._error(part, place, eager.values, truth.values, fused.values)
-                if what == _INPUT:  # forced on all parts before it, so it is what the model around them gives
-                    if difference > 0:
-                        yield Row(
-                            base_name, HEAD, f"input of {part.fqn}", difference, floor(torch.float64), head_is_fused
-                        )
-                    errors = self._error(part, place, eager.grads, truth.grads, fused.grads)
-                    yield Row(part.fqn, name, "gradient of the input", *errors)
-                else:
-                    yield Row(part.fqn, name, "output", difference, allowed[place])
+                value = self._error(part, place, eager.values, truth.values, fused.values)
+                grad = self._error(part, place, eager.grads, truth.grads, fused.grads)
+                if what == _OUTPUT:
+                    yield self._row(part, name, "output", *value)
                     if part.part == _NORM:
-                        errors = self._error(part, place, eager.grads, truth.grads, fused.grads)
-                        yield Row(base_name, HEAD, "gradient of the final norm's output", *errors, head_is_fused)
+                        yield Row(base_name, HEAD, "gradient of the final norm's output", *grad, head_is_fused)
+                else:  # forced on all parts before it, so what it takes is what the model around them gives it
+                    exact = floor(torch.float64)
+                    yield Row(base_name, HEAD, f"input of {part.fqn}", value[0], exact, head_is_fused)
+                    yield self._row(part, name, "gradient of the input", *grad)
         losses = [run.loss.reshape(1) for run in (fused, eager, truth)]
         yield Row(base_name, HEAD, "loss", *self._difference(*losses, self._dtype()), head_is_fused)
         for name in self.trained:
@@ -399,6 +399,41 @@ class _Run:
             grads = [torch.zeros_like(self.trained[name]) if grad is None else grad for grad in grads]
             layer, part, inner = self._place_of(name)
             yield Row(layer, part, f"gradient of {inner}", *self._difference(*grads, self._dtype()))
+
+    def _row(self, part: Candidate, name: str, what: str, difference: float, allowed: float) -> Row:
+        """The row of a whole part; where a layer differs, of the half of it that does."""
+        row = Row(part.fqn, name, what, difference, allowed)
+        if row.differs and part.part == _LAYERS and part.fqn in self.calls:
+            row = row._replace(part=self._differing_half(part, allowed))
+        return row
+
+    def _differing_half(self, part: Candidate, allowed: float) -> str:
+        """ "attention", or "mlp" if the layer agrees when the MLP's result is taken out, by zeros in its last linear."""
+        path = self.paths.roles["down"]
+        down = {
+            f"inner.{path}.{name}": torch.zeros_like(p)
+            for name, p in self.paths.at(part.module, "down").named_parameters()
+        }
+
+        def half(call) -> tuple[Tensor, Tensor]:
+            args, kwargs = call
+            args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+            name = next((n for n, value in kwargs.items() if _is_hidden(value)), None)
+            x = (args[0] if args else kwargs[name]).clone().requires_grad_()
+            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+            y = torch.func.functional_call(_ForwardOf(part.module), down, args, kwargs)
+            y = y[0] if isinstance(y, tuple) else y
+            real = self.real if y.shape[1] == self.real.shape[1] else self.real.gather(1, self.rows_of_tail)
+            y = torch.where(real[..., None], y, 0)
+            return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+        eager_call, fused_call = self.calls[part.fqn][0], self.calls[part.fqn][-1]
+        with as_unfused(part.module):
+            eager = half(eager_call)
+        fused = half(fused_call)
+        eager = [self._like(y, x) for x, y in zip(eager, fused, strict=True)]
+        agrees = all(relative_error(x, y) <= allowed for x, y in zip(fused, eager, strict=True))
+        return "mlp" if agrees else "attention"
 
     def _dtype(self) -> torch.dtype:
         """The dtype that activations have."""

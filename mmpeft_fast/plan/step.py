@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
+from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.providers import provider
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.counting import Recorder, Work
-from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
 from mmpeft_fast.plan.request import DTYPES, Request
