@@ -71,7 +71,7 @@ class FuseReport:
             rows += [(part.name, fused, lines[0]), *(("", "", line) for line in lines[1:])]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows]
-        return "\n".join(lines if self.verified is None else [*lines, f"verified: {self.verified}"])
+        return "\n".join(lines if self.verified is None else [*lines, f"against the unfused model: {self.verified}"])
 
 
 def _by_reason(kept: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

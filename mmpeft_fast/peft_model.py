@@ -247,27 +247,25 @@ def verify_fused(model: nn.Module, batch: Mapping[str, Any] | None = None, *, st
     """
     if not is_fused(model):
         return
-    base = base_model(model)
-    reasons: dict[str, str] = {}
+    base, reasons = base_model(model), {}
     for is_last in (False, True):  # what was alone to differ is unfused; if that does not mend it, everything is
         try:
             found = compare(model, batch)
         except _UNRUNNABLE as error:
-            base.verified = f"nothing: {' '.join(str(error).split())[:300] or type(error).__name__}"
-            return
-        if not found.differing:
+            base.verified = f"not compared: {' '.join(str(error).split())[:300] or type(error).__name__}"
             break
-        if strict:
+        base.verified = found.summary()
+        if found.differing and strict:
             unfuse(model)
             raise ValueError(f"fuse: {found.differing[0].layer}, {found.differing[0]}")
-        reasons |= _refuse(model, found, everything=is_last)
-    base.verified = found.summary() if not reasons else f"{len(reasons)} modules computed something else, see above"
+        if found.differing:
+            reasons |= _refuse(model, found, everything=is_last)
+        if not found.differing or not is_fused(model):
+            break
     if reasons:
-        warnings.warn(
-            f"fuse: {len(reasons)} modules computed something else fused and run unfused: "
-            + "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3]),
-            stacklevel=3,
-        )
+        base.verified = f"{len(reasons)} modules computed something else and run unfused"
+        more = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        warnings.warn(f"fuse: {base.verified}: {more}", stacklevel=3)
 
 
 def _refuse(model: nn.Module, found: Comparison, *, everything: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ Dropout is taken as zero in all runs. Padding is not compared. Autocast is off.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -155,7 +155,10 @@ def compare(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Compari
     for row in rows:
         key = row[:3]
         worst[key] = max(worst.get(key, row), row, key=lambda row: row.share)
-    return Comparison(tuple(worst.values()), tokens, 1 if dtype == torch.float64 else 3)
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    order = {"output": 0, "gradient of the input": 1}
+    ordered = sorted(worst.values(), key=lambda row: (layers.index(row.layer), order.get(row.what, len(order))))
+    return Comparison(tuple(ordered), tokens, 1 if dtype == torch.float64 else 3)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -338,8 +341,7 @@ class _Run:
             return _Probe.apply(x, place, seen, value.double() if wide else value, grad)
 
         def before(module, args, kwargs):
-            name = next((n for n, value in kwargs.items() if _is_hidden(value)), None)
-            x = args[0] if args and _is_hidden(args[0]) else kwargs.get(name)
+            x, with_x = _hidden_in(args, kwargs)
             if x is None:
                 return None
             if module is self.first_layer and not x.requires_grad:
@@ -347,8 +349,7 @@ class _Run:
                 seen.leaves.append(x)
             if part.part == _LAYERS and kwargs.get("past_key_values") is None:
                 self.calls.setdefault(part.fqn, []).append((args, kwargs))
-            x = passed(x, _INPUT, wide=is_wide)
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+            return with_x(passed(x, _INPUT, wide=is_wide))
 
         def after(module, args, output):
             y = output[0] if isinstance(output, tuple) else output
@@ -373,7 +374,6 @@ class _Run:
         for part in self.found:
             if part.part in (*_PROBED, HEAD) and not is_swapped(part.module):
                 yield Row(part.fqn, part.part, part.reason or "runs unfused", 0.0, 0.0, is_fused=False)
-        allowed = {}
         for part in self.parts:
             name = {_LAYERS: "layer", _NORM: "norm"}.get(part.part, part.part)
             for what in (_OUTPUT, _INPUT):
@@ -403,37 +403,37 @@ class _Run:
     def _row(self, part: Candidate, name: str, what: str, difference: float, allowed: float) -> Row:
         """The row of a whole part; where a layer differs, of the half of it that does."""
         row = Row(part.fqn, name, what, difference, allowed)
-        if row.differs and part.part == _LAYERS and part.fqn in self.calls:
+        if row.differs and part.part == _LAYERS and len(self.calls.get(part.fqn, ())) > 1:
             row = row._replace(part=self._differing_half(part, allowed))
         return row
 
     def _differing_half(self, part: Candidate, allowed: float) -> str:
-        """ "attention", or "mlp" if the layer agrees when the MLP's result is taken out, by zeros in its last linear."""
-        path = self.paths.roles["down"]
-        down = {
-            f"inner.{path}.{name}": torch.zeros_like(p)
-            for name, p in self.paths.at(part.module, "down").named_parameters()
-        }
+        """ "attention", or "mlp" where the layer agrees without the MLP's result: with zeros in its last linear."""
+        down = self.paths.at(part.module, "down")
+        path = f"inner.{self.paths.roles['down']}"
+        zeros = {f"{path}.{name}": torch.zeros_like(parameter) for name, parameter in down.named_parameters()}
 
-        def half(call) -> tuple[Tensor, Tensor]:
-            args, kwargs = call
-            args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
-            name = next((n for n, value in kwargs.items() if _is_hidden(value)), None)
-            x = (args[0] if args else kwargs[name]).clone().requires_grad_()
-            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
-            y = torch.func.functional_call(_ForwardOf(part.module), down, args, kwargs)
+        def half(args, kwargs, like: Tensor | None) -> tuple[Tensor, Tensor]:
+            args, kwargs = tree_map(
+                lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs)
+            )
+            x, with_x = _hidden_in(args, kwargs)
+            x = x.clone().requires_grad_()
+            y = torch.func.functional_call(_ForwardOf(part.module), zeros, *with_x(x))
             y = y[0] if isinstance(y, tuple) else y
-            real = self.real if y.shape[1] == self.real.shape[1] else self.real.gather(1, self.rows_of_tail)
-            y = torch.where(real[..., None], y, 0)
+            y = y if like is None else self._like(like, y)
+            y = torch.where(self._counts(y)[..., None], y, 0)
             return y, torch.autograd.grad(y.square().sum(), x)[0]
 
-        eager_call, fused_call = self.calls[part.fqn][0], self.calls[part.fqn][-1]
+        fused = half(*self.calls[part.fqn][-1], None)
         with as_unfused(part.module):
-            eager = half(eager_call)
-        fused = half(fused_call)
-        eager = [self._like(y, x) for x, y in zip(eager, fused, strict=True)]
+            eager = half(*self.calls[part.fqn][0], fused[0])
         agrees = all(relative_error(x, y) <= allowed for x, y in zip(fused, eager, strict=True))
         return "mlp" if agrees else "attention"
+
+    def _counts(self, like: Tensor) -> Tensor:
+        """Which positions of a tensor are no padding."""
+        return self.real if like.shape[1] == self.real.shape[1] else self.real.gather(1, self.rows_of_tail)
 
     def _dtype(self) -> torch.dtype:
         """The dtype that activations have."""
@@ -444,14 +444,12 @@ class _Run:
         if place not in eager and place not in fused:
             return 0.0, floor(torch.float64)
         like = fused.get(place, eager.get(place))
-        real = self.real if part.part != _TOWER else None
         tensors = []
         for kept in (fused, eager, truth):
             tensor = self._like(like, kept.get(place))
             tensor = torch.zeros_like(like) if tensor is None else tensor
-            if real is not None:
-                counts = real if like.shape[1] == real.shape[1] else real.gather(1, self.rows_of_tail)
-                tensor = torch.where(counts[..., None], tensor, 0)
+            if part.part != _TOWER:
+                tensor = torch.where(self._counts(like)[..., None], tensor, 0)
             tensors.append(tensor)
         return self._difference(*tensors, tensors[1].dtype)
 
@@ -479,6 +477,14 @@ class _Run:
 
 def _is_hidden(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _hidden_in(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Callable[[Tensor], tuple[tuple, dict]]]:
+    """What a part computes from: the first argument, or the first named tensor of floats; and how to pass another."""
+    if args:
+        return (args[0] if _is_hidden(args[0]) else None), lambda x: ((x, *args[1:]), kwargs)
+    name = next((name for name, value in kwargs.items() if _is_hidden(value)), None)
+    return kwargs.get(name), lambda x: (args, {**kwargs, name: x})
 
 
 def _can_be_widened(module: nn.Module) -> bool:

@@ -323,7 +323,7 @@ def test_what_cannot_be_compared_is_said_and_stays_fused():
     config = FAMILIES["llama"].tiny_config(60, lambda text: 0)
     model = fuse(add_peft(empty_model(config), LoRA(r=4)), verify=True)
     assert is_fused(model)
-    assert "verified: nothing: its tensors have no values" in str(fuse_report(model))
+    assert "against the unfused model: not compared: its tensors have no values" in str(fuse_report(model))
     model = fuse(own_model(), verify={"input_ids": torch.ones(1, 4, dtype=torch.long)})
     assert is_fused(model)
     assert "expected a batch with labels" in str(fuse_report(model))
@@ -370,7 +370,7 @@ def test_the_callback_compares_the_first_batch(break_it, bf16, tmp_path):
         trainer.train()
     report = fuse_report(model)
     assert set(report.kept) == (set() if break_it is None else {"model.layers.1"})
-    assert report.verified is not None and not report.verified.startswith("nothing")
+    assert report.verified is not None and not report.verified.startswith("not compared")
     assert not model._forward_pre_hooks
 
 
