@@ -98,7 +98,8 @@ def cut_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _cut_text(tensors: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
     rows = (labels != _IGNORED).any(1).nonzero().flatten()[:_ROWS]
     if not len(rows):
-        return tensors
+        return {name: tensor[:_ROWS, : 2 * _LENGTH] for name, tensor in tensors.items()}
+    # A window with the first labels of the rows, whatever is before it: text without its beginning is text.
     first = int((labels[rows] != _IGNORED).int().argmax(1).max())
     end = min(labels.shape[1], first + _LENGTH // 2)
     start = max(0, end - 2 * _LENGTH)

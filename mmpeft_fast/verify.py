@@ -136,7 +136,8 @@ def compare(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Compari
             batches of random tokens that suit the model (`made_batches`).
 
     Raises:
-        ValueError: the model is not fused, has no values to compute with, or the batch has no labels.
+        ValueError: the model is not fused, has no values to compute with, the batch has no labels, or the unfused
+            model's own loss is not finite.
     """
     base = base_model(model)
     if not any(is_swapped(module) for module in base.modules()):
@@ -304,6 +305,8 @@ class _Run:
         with _undisturbed(self.model, self.batch["labels"].device):
             with as_unfused(self.model):
                 eager = self._pass(unfused)
+                if not eager.loss.isfinite().all():
+                    raise ValueError(f"the unfused model's loss is {eager.loss.item()} on the batch")
                 truth = eager if self.is_double else self._pass(unfused, eager, widened)
             fused = self._pass(self.batch, eager)
             return list(self._compared(eager, truth, fused))
@@ -454,6 +457,8 @@ class _Run:
         return self._difference(*tensors, tensors[1].dtype)
 
     def _difference(self, fused: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+        if not eager.isfinite().all():  # nothing can be said of what the model's own computation does not give
+            return 0.0, math.inf
         allowed = allowed_in_double() if self.is_double else allowed_error(eager, truth, dtype)
         return relative_error(fused, truth), allowed
 

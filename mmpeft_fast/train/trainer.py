@@ -142,8 +142,8 @@ def train(
             ) as log,
             _interrupt_requested() as interrupt_requested,
         ):
-            if config.verify and batches:
-                run.verify(batches[0])
+            if config.verify:
+                run.verify(batches or [])
             run.restore_rng()
             step_begin = time.perf_counter()
             while batches is not None and not interrupted:
@@ -268,9 +268,13 @@ class _Run:
             self._schedule.load_state_dict(saved["schedule"])
             self._rng_states = saved["rng"]
 
-    def verify(self, batch: dict[str, Any]) -> None:
-        """Compare a fused model with itself unfused on a few tokens of a batch, and unfuse what differs."""
-        verify_fused(self._model, cut_batch(batch))
+    def verify(self, batches: list[dict[str, Any]]) -> None:
+        """Compare a fused model with itself unfused on a few tokens of the first batch that carries a label, and unfuse
+        what differs."""
+        labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
+        first = next(labelled, None)
+        if first is not None:
+            verify_fused(self._model, cut_batch(first))
         self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:
