@@ -137,6 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="how many to keep (2)")
     group.add_argument("--log-every", type=int, metavar="N", help="steps between log rows (1)")
     group.add_argument("--tracker", metavar="NAME", help="tensorboard, wandb, .. or none (none)")
+    group.add_argument(
+        "--no-verify", action="store_false", dest="verify", help="do not compare the fused model with itself unfused"
+    )
     group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
 

@@ -9,7 +9,7 @@ from PIL import Image
 from mmpeft_fast import LoRA, add_peft, fuse
 from mmpeft_fast.data import Collator, Sample, train_tokenizer
 from mmpeft_fast.models import FAMILIES, tiny_model, tiny_processor
-from mmpeft_fast.plan.inputs import image_shape
+from mmpeft_fast.models.inputs import image_shape
 from tests.test_parity import assert_same_training_step
 from tests.tiny_models import first_text_token, randomize_trainable, tiny_batch, token_id
 from tests.tiny_models import tiny_model as model_of_ids
