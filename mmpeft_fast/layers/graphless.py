@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from mmpeft_fast.layers.class_swap import Swapped
-from mmpeft_fast.layers.known import is_library, is_shipped
+from mmpeft_fast.layers.known import is_library, is_shipped, package_of
 from mmpeft_fast.layers.sites import Unfusable, check_no_global_hooks, recorded_key
 
 
@@ -45,8 +45,9 @@ class Graphless(Swapped):
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or not all(map(_only_looks, module._forward_hooks.values())):
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if not all(map(_only_looks, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
         return False
     if "forward" in module.__dict__ or not is_library(type(module).forward):
         return False
@@ -60,9 +61,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _only_looks(hook) -> bool:
-    """Whether a forward hook is the one that sets the mark, or one that records outputs."""
+    """Whether a hook is the one that sets the mark, one that records outputs, or one of this package, which count."""
     is_mark = getattr(hook, "__name__", None) == "make_inputs_require_grads"
-    return (is_mark and is_shipped(hook, modeling_utils.__name__)) or recorded_key(hook) is not None
+    is_known = (is_mark and is_shipped(hook, modeling_utils.__name__)) or recorded_key(hook) is not None
+    return is_known or package_of(hook) == "mmpeft_fast"
 
 
 def marked_modules(towers: list[nn.Module], model: nn.Module) -> list[nn.Module]:
