@@ -1,8 +1,10 @@
 """Shared by all tests: nothing may look for anything on a hub."""
 
 import os
+import sys
 
 import hypothesis
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,3 +17,12 @@ hypothesis.settings.load_profile("default")
 
 def pytest_addoption(parser):
     parser.addoption("--nightly", action="store_true", help="all hostile inputs and kills instead of a few")
+
+
+@pytest.fixture(autouse=True)
+def accelerate_starts_anew():
+    """Accelerate keeps one state a process, and transformers tells it a precision through the environment."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

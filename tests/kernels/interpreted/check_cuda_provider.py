@@ -4,8 +4,6 @@ What is checked here is that operands reach the ops as their schemas say (csrc/c
 themselves are checked in tests/csrc_cuda.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from mmpeft_kernels import lowrank_gemm as gemm
@@ -57,11 +55,11 @@ def prologue_backward_op(
 
 @pytest.fixture
 def cuda_provider(monkeypatch):
-    ops = SimpleNamespace(
-        lowrank_gemm_out=lowrank_gemm_out, dy_pass=dy_pass_op, prologue=prologue_op,
-        prologue_backward=prologue_backward_op,
-    )  # fmt: skip
-    monkeypatch.setattr(kernels_cuda, "_ops", ops)
+    ops = {
+        "lowrank_gemm_out": lowrank_gemm_out, "dy_pass": dy_pass_op, "prologue": prologue_op,
+        "prologue_backward": prologue_backward_op,
+    }  # fmt: skip
+    monkeypatch.setattr(csrc, "cuda_op", lambda name, *arguments: ops[name](*arguments))
     monkeypatch.setattr(kernels_cuda, "unsupported", lambda x: None)
     monkeypatch.setattr(csrc, "why_no_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
