@@ -207,7 +207,8 @@ def test_settings_tell_collators_apart(processor, samples):
     plain(samples)
     assert plain.settings == before == Collator(processor).settings
     assert {"padding_side", "max_length", "tokenizer", "processor", "chat_template"} <= before.keys()
-    for other in (Collator(processor, padding_side="left"), Collator(processor, max_length=99)):
+    changes = {"padding_side": "left"}, {"max_length": 99}, {"loss": "answers"}
+    for other in (Collator(processor, **change) for change in changes):
         assert sum(other.settings[name] != value for name, value in before.items()) == 1
 
 

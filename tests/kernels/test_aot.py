@@ -24,7 +24,7 @@ COMPILED = (
     "sm_90 float16 post_adapter r64",
     "sm_90 bfloat16 cross_entropy",
     "gfx942 bfloat16 lowrank_gemm forward pointers r16 x3",
-    "sm_90 bfloat16 lowrank_gemm gluon forward r16 x3",
+    "sm_90 bfloat16 lowrank_gemm gluon forward r8 x3",
 )
 # Beside them, as many as this of the launches whose shared memory comes nearest to their device's limit.
 NEAREST = 6
