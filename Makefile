@@ -1,14 +1,17 @@
-# make study | test | nightly | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
+# make study | test | test-gpu-env | nightly | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTHON312 ?= python3.12
+GPU_STAMP := .venv-gpu/.installed
 
-.PHONY: help study test nightly lint bench cpu-bench sanitize clean gpu
+.PHONY: help study test test-gpu-env nightly lint bench cpu-bench sanitize clean gpu
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study   the small study: results/study/report.html and results.jsonl"
 	@echo "make test    the tests"
+	@echo "make test-gpu-env   the tests with Python 3.12, torch 2.11, triton 3.6 and transformers 5.17, in .venv-gpu (downloads torch's CUDA wheel)"
 	@echo "make nightly 504 random combinations of family, method and settings, 1000 hostile inputs, 100 kills"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
@@ -33,6 +36,18 @@ study: $(STAMP)
 # Two workers with one thread each: the tests are small, so more threads only fight over the cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# What GPU users have; no GPU is needed.
+$(GPU_STAMP): requirements-gpu.lock setup.py pyproject.toml
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { echo "error: Python 3.12 is needed, but '$(PYTHON312)' is not it; name one with: make test-gpu-env PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	@rm -f $@
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --disable-pip-version-check -r requirements-gpu.lock
+	.venv-gpu/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-gpu-env: $(GPU_STAMP)
+	OMP_NUM_THREADS=1 .venv-gpu/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly $(ARGS)

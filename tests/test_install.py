@@ -14,8 +14,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PIN = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)==(?P<version>[A-Za-z0-9.]+)(; [a-z_]+ == \"[a-z]+\")?")
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in (ROOT / "requirements-dev.lock").read_text().splitlines() if not line.startswith("#")]
+def pins(lock: str = "requirements-dev.lock") -> dict[str, str]:
+    lines = [line for line in (ROOT / lock).read_text().splitlines() if not line.startswith("#")]
     matches = [PIN.fullmatch(line) for line in lines]
     odd = [line for line, match in zip(lines, matches) if not match]
     assert not odd, f"expected name==version in every line of the lock, got {odd}"
@@ -32,6 +32,21 @@ def test_the_lock_pins_everything_the_package_asks_for():
     names = {canonical(re.match(r"[A-Za-z0-9_.-]+", line)[0]) for line in asked}
     assert names <= pins().keys()
     assert pins()["torch"] == "2.13.0"  # no local version: the published wheel differs per platform
+
+
+def test_the_lock_of_gpu_users_pins_what_they_have():
+    theirs = pins("requirements-gpu.lock")
+    wanted = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
+    assert wanted.items() <= theirs.items()
+    assert tuple(map(int, theirs["numpy"].split(".")[:2])) < (2, 5)  # the interpreter of triton 3.6
+    asked = [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["study"],
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+    ]
+    assert {canonical(re.match(r"[A-Za-z0-9_.-]+", line)[0]) for line in asked} <= theirs.keys()
 
 
 def test_source_roots_are_what_setup_packages():

@@ -22,6 +22,9 @@ from mmpeft_fast.ops.segments import Segment
 class Unfusable(ValueError):
     """A module computes something that the fused code would not reproduce; the text says what."""
 
+    def __str__(self) -> str:  # in Python, so that a compiler can trace it
+        return self.args[0]
+
 
 class LinearSite(NamedTuple):
     segment: Segment
