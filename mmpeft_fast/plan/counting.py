@@ -29,11 +29,19 @@ _OVERWRITING = frozenset(("copy_", "fill_", "zero_", "uniform_", "normal_", "ran
 _OUT_OF_PLACE = {"addmm_": torch.ops.aten.addmm, "baddbmm_": torch.ops.aten.baddbmm}
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel inside a call of the kernel set; kernel: the name of the Triton kernel or of torch's op."""
+
+    kernel: str
+    bytes: int
+    is_triton: bool
+
+
 class Work(NamedTuple):
     """One launch, or one call of the kernel set with the launches it makes.
 
     kind: gemm, attention, attention_backward or memory; weight_flops: those of `flops` that make gradients of weights;
-    causal: half of attention's scores are needed.
+    causal: half of attention's scores are needed; inside: the launches of a call of the kernel set.
     """
 
     part: str
@@ -46,6 +54,7 @@ class Work(NamedTuple):
     launches: int
     weight_flops: int = 0
     causal: bool = False
+    inside: tuple[Launch, ...] = ()
 
 
 def moved_bytes(tensor: Tensor) -> int:
@@ -148,14 +157,19 @@ class FlopSum(TorchDispatchMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the work that runs inside: `works` has every distinct `Work` and how often it ran."""
+    """Counts the work that runs inside: `sequence` has every piece of it in the order in which it was queued."""
 
     def __init__(self, regions: Regions):
         super().__init__()
-        self.works: Counter[Work] = Counter()
+        self.sequence: list[Work] = []
         self.regions = regions
         self._phase: str | None = None
-        self._call: list[tuple[int, int]] | None = None  # (bytes, launches) inside a call of the kernel set
+        self._call: list[Launch] | None = None  # those of the call of the kernel set that runs
+
+    @property
+    def works(self) -> Counter[Work]:
+        """Every distinct piece of work and how often it ran."""
+        return Counter(self.sequence)
 
     @property
     def phase(self) -> str:
@@ -178,14 +192,14 @@ class Recorder(TorchDispatchMode):
         if not is_free(func) and tensors_in((args, kwargs, out)) and not self._is_table(func, args, out):
             moved = op_bytes(func, args, kwargs, out)
             if self._call is not None:
-                self._call.append((moved, 1))
+                self._call.append(Launch(func.overloadpacket.__name__, moved, is_triton=False))
             else:
                 flops = op_flops(func, args, kwargs, out)
                 written = tensors_in(out) or tensors_in(args)
                 dtype = written[0].dtype if written else torch.float32
                 of_weights = weight_flops(func, args, flops) if flops else 0
                 causal = is_causal(func, args, kwargs) if flops else False
-                self._add(func.overloadpacket.__name__, dtype, (flops, of_weights), moved, 1, causal=causal)
+                self._add(func.overloadpacket.__name__, dtype, (flops, of_weights), moved, causal=causal)
         return out
 
     def _is_table(self, func, args: tuple, out) -> bool:
@@ -195,22 +209,25 @@ class Recorder(TorchDispatchMode):
         return args[0].dtype == out.dtype
 
     def _add(
-        self, op: str, dtype: torch.dtype, flops: tuple[int, int], moved: int, launches: int, *, causal: bool = False
-    ) -> None:
+        self, op: str, dtype: torch.dtype, flops: tuple[int, int], moved: int, *, causal: bool = False,
+        inside: tuple[Launch, ...] = (),
+    ) -> None:  # fmt: skip
         """flops: all, and those of weights' gradients (in a backward pass)."""
         phase = self.phase
         part = "optimizer" if phase == "optimizer" else part_of(self.regions.current, op)
         of_weights = flops[1] if phase == "backward" else 0
-        work = Work(part, op, phase, kind_of(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal)
-        self.works[work] += 1
+        launches = len(inside) or 1
+        self.sequence.append(
+            Work(part, op, phase, kind_of(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal, inside)
+        )
 
-    def launch(self, operands: list[Tensor]) -> None:
-        """A kernel launch that torch's dispatcher does not see: reads or writes each operand once."""
-        moved = sum(moved_bytes(tensor) for tensor in operands)
+    def launch(self, kernel: str, operands: list[Tensor]) -> None:
+        """A launch of a Triton kernel, which torch's dispatcher does not see: reads or writes each operand once."""
+        launched = Launch(kernel, sum(moved_bytes(tensor) for tensor in operands), is_triton=True)
         if self._call is None:
-            self._add("kernel", operands[0].dtype, (0, 0), moved, 1)
+            self._add(kernel, operands[0].dtype, (0, 0), launched.bytes, inside=(launched,))
         else:
-            self._call.append((moved, 1))
+            self._call.append(launched)
 
     def call(self, op: str, function: Callable, dtype: torch.dtype, flops: tuple[int, int]):
         """Runs `function()` and counts all it launches as one work with this name and these FLOPs: all, and those of
@@ -224,6 +241,5 @@ class Recorder(TorchDispatchMode):
         finally:
             self._call = None
         if launched:
-            moved, launches = (sum(column) for column in zip(*launched, strict=True))
-            self._add(op, dtype, flops, moved, launches)
+            self._add(op, dtype, flops, sum(each.bytes for each in launched), inside=tuple(launched))
         return result
