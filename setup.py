@@ -95,6 +95,6 @@ def _without_extension(reason: str) -> dict:
 setup(
     packages=find_packages(include=["mmpeft_fast", "mmpeft_fast.*"]) + find_packages("kernels"),
     package_dir={"mmpeft_fast": "mmpeft_fast", "mmpeft_kernels": "kernels/mmpeft_kernels"},
-    package_data={"mmpeft_fast.study": ["*.css"], "mmpeft_kernels": ["*.json", "tuned/*.json"]},
+    package_data={"mmpeft_fast.study": ["*.css"], "mmpeft_kernels": ["*.json", "tuned/*.json", "rates/*.json"]},
     **build_options(),
 )
