@@ -13,6 +13,7 @@ from mmpeft_fast.models import FAMILIES
 
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
+OPTIMIZERS = ("foreach", "fused")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -31,6 +32,7 @@ class Request:
         dtype: of the base model. checkpointing: activation checkpointing of the decoder's layers.
         train: parts of the base model that are trained too, of TRAINABLE_PARTS.
         fp32_adapters: added parameters are float32, else in `dtype`.
+        optimizer: AdamW as torch chooses on a GPU, a pass for each operation ("foreach"), or in one ("fused").
     """
 
     model: str
@@ -46,6 +48,7 @@ class Request:
     checkpointing: bool = False
     train: tuple[str, ...] = ()
     fp32_adapters: bool = True
+    optimizer: str = "foreach"
 
     def __post_init__(self):
         if self.images is None:
@@ -56,7 +59,7 @@ class Request:
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
         if not 0 < self.supervised_fraction <= 1:
             raise ValueError(f"supervised_fraction: expected a number in (0, 1], got {self.supervised_fraction!r}")
-        for name, allowed in (("implementation", IMPLEMENTATIONS), ("dtype", tuple(DTYPES))):
+        for name, allowed in (("implementation", IMPLEMENTATIONS), ("dtype", tuple(DTYPES)), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
         unknown = sorted(set(self.train) - set(TRAINABLE_PARTS))

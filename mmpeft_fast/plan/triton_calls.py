@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from mmpeft_fast.ops import kernels_torch
+from mmpeft_fast.ops import dispatch, kernels_torch
 from mmpeft_fast.plan.counting import FlopSum, Recorder
 from mmpeft_fast.plan.placeholders import Placeholders
 
@@ -52,6 +52,21 @@ def _first_dtype(args: tuple, kwargs: dict) -> torch.dtype:
 
 
 @contextmanager
+def dispatched_as(gpu_name: str) -> Iterator[None]:
+    """Meta tensors inside are dispatched as tensors on the GPU of this name are: ways of the GEMM, layouts, tiles."""
+    wants_layout = dispatch.wants_layout
+    replaced = {
+        "table_of": lambda device: dispatch.table_named(gpu_name),
+        "wants_layout": lambda device, *shape: wants_layout(torch.device("cuda"), *shape),
+    }
+    with ExitStack() as stack:
+        for name, replacement in replaced.items():
+            stack.callback(setattr, dispatch, name, getattr(dispatch, name))
+            setattr(dispatch, name, replacement)
+        yield
+
+
+@contextmanager
 def counted_triton(recorder: Recorder) -> Iterator[None]:
     """Fused ops inside run on the Triton provider, on meta tensors, and are counted by `recorder`.
 
@@ -81,7 +96,7 @@ def counted_triton(recorder: Recorder) -> Iterator[None]:
 
         def launch(kernel, *args, grid, warmup, **kwargs):
             operands = (getattr(value, "base", value) for value in (*args, *kwargs.values()))
-            recorder.launch([value for value in operands if isinstance(value, Tensor)])
+            recorder.launch(kernel.fn.__name__, [value for value in operands if isinstance(value, Tensor)])
 
         replaced = [(JITFunction, "run", launch)]
         for name in kernels_triton.__all__:

@@ -13,11 +13,12 @@ from mmpeft_fast.plan.roofline import is_compute_bound, step_time, work_seconds
 
 TERA, GIGA = 1e12, 1e9
 RATES = dict.fromkeys(("bf16", "fp16", "fp32"), 1 * TERA)
+HOST = dict.fromkeys(("forward", "backward", "triton", "graph"), 0.0)
 
 
 def device(**fields) -> Device:
     plain = {
-        "name": "test", "type": "cuda", "memory_bytes": 1 << 30, "bytes_per_s": GIGA, "launch_s": 0.5, "host_s": 0.0,
+        "name": "test", "type": "cuda", "memory_bytes": 1 << 30, "bytes_per_s": GIGA, "launch_s": 0.5, "host_s": HOST,
         "gemm": dict.fromkeys(RATES, ((1e6, 1 * TERA), (1e10, 3 * TERA))), "attention": RATES,
         "attention_backward": RATES, "sources": {"all": "this test"},
     }  # fmt: skip
