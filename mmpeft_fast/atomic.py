@@ -2,15 +2,20 @@
 
 A folder that exists is replaced by exchanging two names (Linux's renameat2). Where the file system cannot do that, the
 old folder stands aside as `.NAME.old` for the moment between two renames; `recover` puts it back after a crash there.
+
+A temporary `.NAME.XXXXXXXX` is locked (flock) while its process lives: what a killed one leaves is told by its lock
+being free, and goes with the next write of that name, or with `clear_leftovers`.
 """
 
 import ctypes
 import errno
 import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,16 +24,23 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # What a kernel, a file system or a sandbox without RENAME_EXCHANGE answers.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)  # of mkstemp and mkdtemp
+_LOCK = ".lock"
+_held: set[int] = set()  # handles of locked files
+_ASIDE = re.compile(r"\.(.+)\.old", re.DOTALL)
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by a UTF-8 text file. The folder must exist."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _clear(path.parent, path.name)
+    handle, name = _locked(lambda: tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it private to the user
-        _flush(name)
-        os.replace(name, path)
+            file.flush()
+            os.fchmod(handle, 0o644)  # mkstemp makes it private to the user
+            os.fsync(handle)
+            os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
@@ -46,20 +58,87 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "expected a folder to replace", str(path))
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private to the user
-        for folder, _, files in os.walk(temporary):
-            for file in files:
-                _flush(os.path.join(folder, file))
-            _flush(folder)
-        _put(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            recover(path)
+    _clear(path.parent, path.name)
+    with _temporary_folder(path) as temporary:
+        try:
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp makes it private to the user
+            for folder, _, files in os.walk(temporary):
+                for file in files:
+                    _flush(os.path.join(folder, file))
+                _flush(folder)
+            _put(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                recover(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; whenever the process dies it is whole, or a leftover."""
+    with _temporary_folder(path.resolve()) as temporary:
+        os.rename(path, temporary)  # over the empty folder
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed writers of this module have left in `folder`, of files and folders whose whole name matches
+    the expression `names`; what stands aside comes back first. Nothing of a process that lives is touched."""
+    for entry in sorted(folder.iterdir()):
+        aside = _ASIDE.fullmatch(entry.name)
+        if aside and re.fullmatch(names, aside[1]):
+            path = folder / aside[1]
+            recover(path)
+            shutil.rmtree(_aside(path), ignore_errors=True)
+    _clear(folder, names, is_expression=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an existing folder against other processes: a lock on a file `.lock` in it, which the system frees when the
+    process ends however it does.
+
+    Raises ValueError where another process holds it.
+    """
+    while True:
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(handle, wait=False)
+        except BlockingIOError as error:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            os.close(handle)
+            raise ValueError(
+                f"{folder}: expected no other run at work in it, process {holder or 'unknown'} is"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be locked ({error}); take care that no other run writes there", stacklevel=3
+            )
+        if _is_file_of(handle, folder / _LOCK):
+            break
+        os.close(handle)  # its last holder has removed it in between
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    _held.add(handle)
+    try:
+        yield
+    finally:
+        _held.discard(handle)
+        with suppress(OSError):
+            os.unlink(folder / _LOCK)
+        os.close(handle)
+
+
+def _close_held() -> None:
+    """A forked child, such as a loader's worker, may outlive its parent for a while: it must not go on locking."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def recover(path: Path) -> Path:
@@ -73,6 +152,74 @@ def recover(path: Path) -> Path:
     if not path.exists() and aside.exists():
         os.rename(aside, path)
     return path
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty, locked folder beside `path`."""
+
+    def make() -> tuple[int, str]:
+        name = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+        return os.open(name, os.O_RDONLY), name
+
+    handle, name = _locked(make)
+    try:
+        yield Path(name)
+    finally:
+        os.close(handle)
+
+
+def _locked(make: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+    """What `make` returns, a handle and its file's name, once it is locked and still there."""
+    while True:
+        handle, name = make()
+        with suppress(OSError):  # of a file system without locks, where nothing counts as left over
+            _lock(handle, wait=True)
+        if _is_file_of(handle, name):  # nobody took it for a leftover before it was locked
+            return handle, name
+        os.close(handle)
+
+
+def _is_file_of(handle: int, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _clear(folder: Path, names: str, *, is_expression: bool = False) -> None:
+    """Remove temporaries of these names whose process is gone."""
+    with suppress(OSError):
+        for entry in os.listdir(folder):
+            found = _TEMPORARY.fullmatch(entry)
+            if found and (re.fullmatch(names, found[1]) if is_expression else names == found[1]):
+                _remove_if_unlocked(folder / entry)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        _lock(handle, wait=False)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    except OSError:  # its process lives, or the file system has no locks to tell
+        pass
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> None:
+    """Raises OSError where the file is locked, or cannot be."""
+    try:
+        import fcntl  # POSIX only, so not at the top
+    except ImportError as error:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _put(temporary: Path, path: Path) -> None:

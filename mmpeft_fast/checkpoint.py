@@ -5,14 +5,11 @@ does not have, has the same shape of folder and peft_type MMPEFT_ADAPTER.
 """
 
 import copy
-import json
-from dataclasses import fields
 from itertools import accumulate
 from pathlib import Path
 
-import peft
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -29,7 +26,7 @@ from mmpeft_fast.carried import (
     mark_loaded,
     read_carried,
 )
-from mmpeft_fast.hf_config import ADAPTER_TYPE, AdapterConfig, hf_config, method_of
+from mmpeft_fast.hf_config import hf_config, method_of, read_config
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.methods import LoRA, Method, Prefix
 from mmpeft_fast.models import base_model, family_of
@@ -39,6 +36,7 @@ __all__ = ["load_peft", "save_peft"]
 
 # HF PEFT's configuration has no word for it.
 _INDEPENDENT_MASKS = "independent_masks"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_peft(model: nn.Module, folder: str | Path) -> None:
@@ -56,7 +54,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
     """
     folder = recover(Path(folder))
     if folder.exists():
-        _check_replaceable(folder)
+        check_replaceable(folder)
     base, metadata = base_model(model), {"format": "pt"}
     if isinstance(model, PeftModel):
         config, tensors = _of_peft_model(model)
@@ -182,7 +180,8 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where a folder holds anything that `save_peft` must not replace."""
     if not folder.is_dir():
         raise ValueError(f"save_peft: expected a folder, got the file {folder}")
     others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME})
@@ -194,23 +193,15 @@ def _check_replaceable(folder: Path) -> None:
 
 def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
     """Configuration, tensors and the tensor file's metadata. Raises ValueError where a file cannot be read."""
+    config_path, tensors_path = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     try:
-        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        kind = {ADAPTER_TYPE: AdapterConfig, **PEFT_TYPE_TO_CONFIG_MAPPING}[settings["peft_type"]]
-        known = {field.name for field in fields(kind)}
-        config = kind(**{name: value for name, value in settings.items() if name in known})
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        text = config_path.read_text(encoding="utf-8")
+        with safe_open(tensors_path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"load_peft: expected an adapter in {folder}, it cannot be read: {error}") from error
-    for name in sorted(settings.keys() - known):
-        if settings[name]:  # nothing that another version of HF PEFT added and this adapter does not use
-            raise ValueError(
-                f"load_peft: {folder / CONFIG_NAME} has {name}={settings[name]!r}, which HF PEFT {peft.__version__} "
-                "does not know"
-            )
-    return config, tensors, metadata
+    return read_config(text, f"load_peft: {config_path}"), tensors, metadata
 
 
 def _check_same(carried: Method, saved: Method, model: nn.Module) -> None:
@@ -240,6 +231,10 @@ def _check_tensors(tensors: dict[str, Tensor], slots: dict[str, Slot], folder: P
         saved, twin = tensors[key], first_key.setdefault(id(slot.tensor), key)
         if tuple(saved.shape) != slot.shape:
             raise ValueError(f"{where}: expected {key} as {list(slot.shape)}, got {list(saved.shape)}")
+        if saved.dtype not in _DTYPES:
+            raise ValueError(f"{where}: expected {key} in one of {list(map(str, _DTYPES))}, got {saved.dtype}")
+        if not saved.isfinite().all():
+            raise ValueError(f"{where}: expected finite numbers, {key} holds nan or infinity")
         if not torch.equal(saved.to(slot.tensor.dtype).to(saved.dtype), saved):
             raise ValueError(
                 f"{where}: {key} is {saved.dtype} and would be rounded to {slot.tensor.dtype}; load the base model in "

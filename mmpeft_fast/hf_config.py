@@ -5,14 +5,31 @@ HF PEFT has no bottleneck adapter: `AdapterConfig` describes it in the same form
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable
+import re
+import signal
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_model
+import peft
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from mmpeft_fast.fields import check_value, shown
+from mmpeft_fast.json_text import parse
 from mmpeft_fast.layers.plan import LINEAR_ROLES, NORM_ROLES, PARTS
 from mmpeft_fast.methods import IA3, Adapter, LayerNorm, LoRA, Method, Prefix
 from mmpeft_fast.models import Family, family_of
@@ -40,20 +57,78 @@ class AdapterConfig(PeftConfig):
         self.peft_type = ADAPTER_TYPE
 
 
-# What is read of a configuration; every other field must have its default.
-_DESCRIPTION = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"}
-_TARGETING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"}
-_READ = _DESCRIPTION | _TARGETING | {"modules_to_save", "inference_mode"}
-_READ_OF = {
-    LoraConfig: _READ | {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "runtime_config"},
-    IA3Config: _READ | {"init_ia3_weights"},
-    LNTuningConfig: _READ,
-    PrefixTuningConfig: _READ
-    | {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
-    | {"init_weights", "encoder_hidden_size", "prefix_projection"},
-    AdapterConfig: {field.name for field in dataclasses.fields(AdapterConfig)},
+# What is read of a configuration, and as what; every other field must have its default.
+_NAMES = list[str] | str | None
+_DESCRIPTION = {
+    "peft_type": object,
+    "auto_mapping": dict | None,
+    "peft_version": str | None,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "task_type": str | None,
+    "inference_mode": bool,
+    "modules_to_save": list[str] | None,
 }
+_TARGETING = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_to_transform": list[int] | int | None,
+    "layers_pattern": _NAMES,
+}
+_READ_OF = {
+    LoraConfig: _DESCRIPTION
+    | _TARGETING
+    | {"r": int, "lora_alpha": float, "lora_dropout": float, "use_rslora": bool}
+    | {"init_lora_weights": bool | str, "runtime_config": object},
+    IA3Config: _DESCRIPTION | _TARGETING | {"feedforward_modules": _NAMES, "init_ia3_weights": bool},
+    LNTuningConfig: _DESCRIPTION | _TARGETING,
+    PrefixTuningConfig: _DESCRIPTION
+    | {"num_virtual_tokens": int, "prefix_projection": bool, "encoder_hidden_size": int | None, "init_weights": object}
+    | dict.fromkeys(("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"), int | None),
+    AdapterConfig: _DESCRIPTION
+    | {"bottleneck": int, "activation": str, "dropout": float, "scaling": float}
+    | {"targets": list[str] | None, "placement": str, "init": str},
+}
+# Most processor time that HF PEFT may take to match a configuration's expressions against a model's module names:
+# a fraction of a second is usual, and Python's expressions can take longer than anyone waits.
+_MATCHING_S = 5.0
+# What HF PEFT raises for values of the right type that mean nothing.
+_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, re.error, ImportError)
 _BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal")  # PiSSA and its kin change the base weights as well
+
+
+def read_config(text: str, where: str) -> PeftConfig:
+    """A configuration from the text of an adapter_config.json.
+
+    Args:
+        text: JSON.
+        where: what the sentence begins with.
+
+    Raises:
+        ValueError: no JSON object, an unknown method, or a value that is of another type than this package reads or
+            that HF PEFT refuses.
+    """
+    settings = parse(text, where)
+    check_value(where, settings, dict)
+    kinds = {str(getattr(name, "value", name)): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds[ADAPTER_TYPE] = AdapterConfig
+    kind = kinds.get(settings.get("peft_type")) if isinstance(settings.get("peft_type"), str) else None
+    if kind is None:
+        raise ValueError(f"{where}: expected a peft_type among {sorted(kinds)}, got {shown(settings.get('peft_type'))}")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for name in sorted(settings.keys() - fields):
+        if settings[name]:  # nothing that another version of HF PEFT added and this adapter does not use
+            raise ValueError(
+                f"{where} has {name}={shown(settings[name])}, which HF PEFT {peft.__version__} does not know"
+            )
+    given = {name: value for name, value in settings.items() if name in fields}
+    for name, hint in _READ_OF.get(kind, {}).items():
+        if name in given:
+            check_value(f"{where}: {name}", given[name], hint)
+    try:
+        return kind(**given)
+    except _REFUSALS as error:
+        raise ValueError(f"{where}: HF PEFT takes no such {kind.__name__}: {_line(error)}") from error
 
 
 def hf_config(model: nn.Module, method: Method, *, parts: Collection[str] = ()) -> PeftConfig:
@@ -138,7 +213,12 @@ def method_of(config: PeftConfig, model: nn.Module) -> tuple[Method, tuple[str, 
     config.base_model_name_or_path = None
     if isinstance(config, LoraConfig):
         config.init_lora_weights = False
-    wrapped = get_peft_model(meta_twin(model), config).get_base_model()
+    _check_expressions(config)
+    try:
+        with _within(_MATCHING_S, f"{type(config).__name__}: matching its expressions against the model's modules"):
+            wrapped = get_peft_model(meta_twin(model), config).get_base_model()
+    except _REFUSALS as error:
+        raise ValueError(f"{type(config).__name__}: HF PEFT cannot apply it: {_line(error)}") from error
     sites = {name: module for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)}
     saved = [name for name, module in wrapped.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     parts = _parts_under(model, family, saved)
@@ -217,10 +297,47 @@ def _refuse_what_is_not_read(config: PeftConfig) -> None:
         value = getattr(config, field.name)
         # Empty patterns and lists mean what None means.
         if field.name not in read and value != getattr(default, field.name) and value not in (None, {}, []):
-            raise ValueError(f"{type(config).__name__}: add_peft has no {field.name}={value!r}; {_OTHERWISE}")
+            raise ValueError(f"{type(config).__name__}: add_peft has no {field.name}={shown(value)}; {_OTHERWISE}")
     init = getattr(config, "init_lora_weights", True)
     if init not in _BASE_KEEPING_INITS:
-        raise ValueError(f"LoraConfig: init_lora_weights={init!r} changes the base weights; {_OTHERWISE}")
+        raise ValueError(f"LoraConfig: init_lora_weights={shown(init)} changes the base weights; {_OTHERWISE}")
+
+
+def _check_expressions(config: PeftConfig) -> None:
+    """Raises ValueError where a text that HF PEFT takes for a regular expression is none."""
+    for name in ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"):
+        value = getattr(config, name, None)
+        for text in [value] if isinstance(value, str) else value if name == "layers_pattern" and value else ():
+            try:
+                re.compile(text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{name}: expected a regular expression, got {shown(text)}: {error}") from error
+
+
+@contextmanager
+def _within(seconds: float, what: str) -> Iterator[None]:
+    """Raises ValueError where the block takes more processor time, also inside one call of `re`, which looks for
+    signals as it matches. In the main thread only: Python gives no other a signal, and there nothing ends it."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise ValueError(f"{what} takes more than {seconds:g} s of the processor; expected a simpler expression")
+
+    handler, (left, interval) = signal.getsignal(signal.SIGPROF), signal.getitimer(signal.ITIMER_PROF)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, left, interval)
+        signal.signal(signal.SIGPROF, handler)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}.."
 
 
 def _roles_at(sites: Collection[str], family: Family, model: nn.Module) -> tuple[str, ...]:

@@ -11,3 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 hypothesis.settings.register_profile("default", max_examples=7, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=84, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="all hostile inputs and kills instead of a few")

@@ -174,3 +174,37 @@ def test_killed_at_any_moment(tmp_path):
             child.send_signal(signal.SIGKILL)
         counts.append(int(content_of(folder)))
     assert counts == sorted(counts) and counts[-1] > 0
+
+
+def test_leftovers_of_killed_writers_are_cleared_and_nothing_else(tmp_path):
+    """A temporary is left over when its process is gone; one that is being written, and a stranger's file, stay."""
+    for name in (".folder.abcd1234", ".other.abcd1234", ".folder.notes", "folder.abcd1234"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("half")
+    (tmp_path / ".file.abcd1234").write_text("half")
+    with new_folder(tmp_path / "folder"), new_folder(tmp_path / "other"):
+        alive = {path.name for path in tmp_path.iterdir() if path.name.startswith((".folder", ".other"))}
+        assert ".folder.abcd1234" not in alive and ".other.abcd1234" not in alive and len(alive) == 3
+        write_text(tmp_path / "file", "text")
+        atomic.clear_leftovers(tmp_path, ".*")
+        assert {path.name for path in tmp_path.iterdir()} == {*alive, "folder.abcd1234", "file"}
+    names = {"folder", "other", "file", "folder.abcd1234", ".folder.notes"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_stands_aside_comes_back_or_goes(tmp_path):
+    for name in ("whole", ".whole.old", ".lost.old", ".strange.old"):
+        write(tmp_path / name, name)
+    atomic.clear_leftovers(tmp_path, "whole|lost")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "lost", ".strange.old"}
+    assert content_of(tmp_path / "whole") == "whole" and content_of(tmp_path / "lost") == ".lost.old"
+
+
+def test_removing_a_folder_and_dying_in_it(tmp_path, monkeypatch):
+    write(tmp_path / "folder", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if killed before
+        atomic.remove_folder(tmp_path / "folder")
+    assert [path.name.split(".")[1] for path in tmp_path.iterdir()] == ["folder"]
+    atomic.clear_leftovers(tmp_path, "folder")
+    assert not list(tmp_path.iterdir())

@@ -352,6 +352,14 @@ def edit(change):
     return change_folder
 
 
+def setting(**changes):
+    def change_folder(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | changes))
+
+    return change_folder
+
+
 Q_DOWN = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -369,17 +377,44 @@ Q_DOWN = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
             "is torch.float64 and would be rounded to torch.float32; load the base model in torch.float64",
         ),
         (lambda folder: (folder / CONFIG).unlink(), "expected an adapter in .*, it cannot be read: .*adapter_config"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read: Expecting"),
-        (lambda folder: (folder / CONFIG).write_text('{"peft_type": "NEW"}'), "cannot be read: 'NEW'"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "expected valid JSON, but Expecting"),
+        (
+            lambda folder: (folder / CONFIG).write_text('{"peft_type": "NEW"}'),
+            "expected a peft_type .*, got 'NEW'",
+        ),
         (
             lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA", "unused": null, "new": 2}'),
             "adapter_config.json has new=2, which HF PEFT .* does not know",
         ),
+        (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "expected JSON of few levels"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), r"expected an object, got \[\]"),
+        (setting(peft_type=["LORA"]), r"expected a peft_type among .*, got \['LORA'\]"),
+        (setting(r="4"), "r: expected an integer, got '4'"),
+        (setting(r=None), "r: expected an integer, got None"),
+        (setting(lora_alpha=[9]), r"lora_alpha: expected a number, got \[9\]"),
+        (setting(use_rslora="no"), "use_rslora: expected true or false, got 'no'"),
+        (setting(target_modules=3), "target_modules: expected a list of texts or a text or none, got 3"),
+        (setting(target_modules=["q", None]), "target_modules: expected a list of texts"),
+        (setting(target_modules="("), "target_modules: expected a regular expression, got '\\('"),
+        (setting(target_modules="(" * 3000), "target_modules: expected a regular expression"),
+        (setting(exclude_modules="*"), r"exclude_modules: expected a regular expression, got '\*'"),
+        (setting(layers_to_transform="1"), "layers_to_transform: expected a list of integers"),
+        (setting(modules_to_save={"a": 1}), "modules_to_save: expected a list of texts or none"),
+        (setting(init_lora_weights={}), "init_lora_weights: expected true or false or a text"),
+        (setting(rank_pattern=7), "no rank_pattern=7"),
+        (setting(target_modules=r".*(\w+\w*)+\w*-"), "matching .* takes more than 0.5 s of the processor"),
+        (
+            edit(lambda tensors: tensors.update({Q_DOWN: tensors[Q_DOWN].to(torch.float8_e4m3fn)})),
+            "q_proj.lora_A.weight in one of .*, got torch.float8_e4m3fn",
+        ),
+        (edit(lambda tensors: tensors.update({Q_DOWN: tensors[Q_DOWN].int()})), "got torch.int32"),
+        (edit(lambda tensors: tensors[Q_DOWN].fill_(float("nan"))), "q_proj.lora_A.weight holds nan or infinity"),
         (lambda folder: (folder / TENSORS).write_bytes(b"12345678"), "cannot be read"),
         (lambda folder: (folder / TENSORS).unlink(), "cannot be read"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(spoil, message, tmp_path):
+def test_what_does_not_fit_changes_nothing(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmpeft_fast.hf_config._MATCHING_S", 0.5)
     folder = tmp_path / "adapter"
     save_peft(added("llava", METHODS["lora"]), folder)
     spoil(folder)

@@ -45,6 +45,7 @@ Dropout dropout_of(const char* op, const OptionalTensor& seed, int64_t stream, d
   check_tensor(op, "seed", *seed, {}, at::kLong);
   const double lanes = std::nearbyint(p * 65536);
   MMPEFT_CHECK(op, lanes > 0 && lanes < 65536, "expected a dropout probability between 2^-17 and 1 - 2^-17, got ", p);
+  MMPEFT_CHECK(op, stream >= 0 && stream <= UINT32_MAX, "expected a stream of 0 to 2^32 - 1, got ", stream);
   return {true, static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), static_cast<uint32_t>(stream),
           static_cast<int32_t>(lanes) - 32768};
 }

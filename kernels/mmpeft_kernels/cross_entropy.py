@@ -26,7 +26,8 @@ def _cross_entropy_kernel(
     logits_ptr += row * stride_logitsm
     label = tl.load(labels_ptr + row)
     is_kept = label != IGNORE
-    weight = tl.where(is_kept, 1.0, 0.0) / tl.load(count_ptr).to(tl.float32)
+    count = tl.load(count_ptr).to(tl.float32)
+    weight = tl.where(is_kept, 1.0 / count, 0.0)  # a count of 0, with every row ignored, is no nan
 
     # Phase 1: a running maximum and sum for each lane, merged at the end.
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
@@ -42,7 +43,7 @@ def _cross_entropy_kernel(
     top = tl.max(highest, axis=0)
     lse = top + tl.log(tl.sum(total * tl.exp(highest - top), axis=0))
     target = tl.load(logits_ptr + tl.where(is_kept, label, 0)).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(is_kept, lse - target, 0.0) * weight)
+    tl.store(loss_ptr + row, tl.where(is_kept, lse - target, 0.0) / count)
 
     # Phase 2: the gradient takes the logits' place.
     if NEED_GRAD:

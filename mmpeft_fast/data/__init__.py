@@ -1,7 +1,7 @@
 """Data: conversation files, the study's prompts and data set, a trained tokenizer, batches with labels on answers."""
 
 from mmpeft_fast.data.collate import HOST_HINTS, IGNORE_INDEX, Collator
-from mmpeft_fast.data.conversations import Sample, check_images, load_conversations
+from mmpeft_fast.data.conversations import Sample, check_images, data_digest, load_conversations
 from mmpeft_fast.data.easy_vqa import easy_vqa_conversations
 from mmpeft_fast.data.tokenizer import train_tokenizer
 
@@ -11,6 +11,7 @@ __all__ = [
     "Collator",
     "Sample",
     "check_images",
+    "data_digest",
     "easy_vqa_conversations",
     "load_conversations",
     "train_tokenizer",

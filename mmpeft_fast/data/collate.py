@@ -4,17 +4,26 @@ The processor's own chat template writes the text and the processor's own tokeni
 tokens are found by character offsets, so merges across words and several turns are exact.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.fields import at_least, check_value
 
 # Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
 HOST_HINTS = ("supervised_capacity", "right_padded")
 IGNORE_INDEX = -100  # what torch's cross-entropy and transformers take as "no target"
+
+# A question and an answer, as the shortest conversation that a template takes.
+_PAIR = [
+    {"role": "user", "content": [{"type": "text", "text": "question"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "answer"}]},
+]
 
 
 class Collator:
@@ -39,8 +48,7 @@ class Collator:
             raise ValueError(f"padding_side: expected 'right' or 'left', got {padding_side!r}")
         if loss not in ("publisher", "answers"):
             raise ValueError(f"loss: expected 'publisher' or 'answers', got {loss!r}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
+        check_value("max_length", max_length, Annotated[int, at_least(1)] | None)
         if not tokenizer.is_fast:
             raise ValueError(f"tokenizer: expected a fast one, which knows offsets, got {type(tokenizer).__name__}")
         if not processor.chat_template:
@@ -54,6 +62,7 @@ class Collator:
         self.tokenizer = tokenizer
         self.padding_side = padding_side
         self.max_length = max_length
+        self.loss = loss
         self._more_loss = getattr(processor, "publisher_loss", None) if loss == "publisher" else None
         self._is_text_only = processor is tokenizer
         self._answer_end = self._missing_end_token()
@@ -87,6 +96,23 @@ class Collator:
         hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
         return {**batch, **image_inputs, **hints}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what a batch of the same samples holds: the plain settings as they are, and digests
+        of the tokenizer and of the rest of the processor."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, str | int | None)}
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for name in ("padding", "truncation"):  # what the last call has left there
+            tokenizer.pop(name, None)
+        parts = {"tokenizer": tokenizer, "chat_template": self.processor.chat_template}
+        if not self._is_text_only:
+            parts["processor"] = self.processor.to_dict()
+        digests = {
+            name: hashlib.sha256(json.dumps(part, sort_keys=True, default=_kind_of).encode()).hexdigest()
+            for name, part in parts.items()
+        }
+        return {name.removeprefix("_"): value for name, value in plain.items()} | digests
+
     def check(self, samples: Iterable[Sample]) -> None:
         """Raises ValueError where a sample has an image and the model reads text alone; decodes nothing."""
         for sample in samples:
@@ -118,13 +144,9 @@ class Collator:
 
     def _missing_end_token(self) -> str:
         """The end-of-sequence token if the template ends an answer without a special token, else nothing."""
-        answer = "answer"
-        messages = [
-            {"role": "user", "content": [{"type": "text", "text": "question"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
         tokenizer = self.tokenizer
-        rendered = self._template(messages)
+        rendered = self._template(_PAIR)
+        answer = _PAIR[1]["content"][0]["text"]
         ending = rendered[rendered.rindex(answer) + len(answer) :]
         if any(token in ending for token in tokenizer.all_special_tokens):
             return ""
@@ -138,18 +160,35 @@ class Collator:
         for message in messages[1::2]:
             message["content"][0]["text"] += self._answer_end
         text = self._template(messages)
-        spans = []
-        for index in range(1, len(messages), 2):
-            before = self._template(messages[:index], add_generation_prompt=True)
-            through = self._template(messages[: index + 1]).rstrip()
-            if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
-                raise ValueError(
-                    f"{sample.source}: expected the chat template to only append as turns are added, "
-                    f"but it changes earlier text at turn {index}; the answer's tokens cannot be told"
-                )
-            spans.append((len(before), len(through)))
+        spans = self._answer_spans(messages, text)
+        if spans is None:
+            raise ValueError(
+                f"{sample.source}: expected the chat template to only append as turns are added, but it changes "
+                "earlier text or writes a turn by what follows it; the answers' tokens cannot be told"
+            )
         self._check_placeholders(sample, text)
         return text, spans
+
+    def _answer_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]] | None:
+        """Where the answers are in the text; None where the template does not append pair after pair.
+
+        Every pair is rendered with nothing but one short pair in front, in linear time, and what that appends has to
+        be, in order, the whole text.
+        """
+        spans, position, first = [], 0, []
+        for index in range(0, len(messages), 2):
+            opening = self._template(first) if first else ""
+            before = self._template([*first, messages[index]], add_generation_prompt=True)
+            through = self._template([*first, *messages[index : index + 2]])
+            if not (through.startswith(before) and before.startswith(opening) and len(before) < len(through.rstrip())):
+                return None
+            if not text.startswith(through[len(opening) :], position):
+                return None
+            shift = position - len(opening)
+            spans.append((len(before) + shift, len(through.rstrip()) + shift))
+            position = len(through) + shift
+            first = _PAIR
+        return spans if position == len(text) else None
 
     def _check_placeholders(self, sample: Sample, text: str) -> None:
         if self._is_text_only:
@@ -185,9 +224,13 @@ class Collator:
             token = self.processor.image_token
             shift = (int(self._is_image(input_ids).sum()) - text.count(token)) * len(token)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for start, end in spans:
-            touched = ((starts < end + shift) & (ends > start + shift)).nonzero()
-            first, last = int(touched[0]), int(touched[-1])
+        # A token without a place in the text, such as one that the tokenizer adds, ends at 0 and touches nothing.
+        placed = ends.nonzero().squeeze(1)
+        starts, ends = starts[placed].contiguous(), ends[placed].contiguous()
+        span_starts, span_ends = (torch.tensor(spans) + shift).unbind(dim=1)
+        firsts = torch.searchsorted(ends, span_starts.contiguous(), right=True)  # the first that ends behind its start
+        lasts = torch.searchsorted(starts, span_ends.contiguous()) - 1  # the last that starts before its end
+        for first, last in zip(placed[firsts].tolist(), placed[lasts].tolist()):
             # From first to last: a tokenizer that trims offsets gives pure white space an empty range.
             labels[first : last + 1] = input_ids[first : last + 1]
         return labels
@@ -231,3 +274,7 @@ class Collator:
             )
             for name in rows[0]
         }
+
+
+def _kind_of(value: Any) -> str:
+    return type(value).__name__

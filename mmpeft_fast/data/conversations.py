@@ -4,19 +4,28 @@
                                                  {"from": "gpt", "value": "A cat."}]}, ...]
 """
 
-import json
+import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
 
+from mmpeft_fast.fields import shown
+from mmpeft_fast.json_text import parse
+
 IMAGE_MARK = "<image>"
 _ROLES = ("human", "gpt")
-# What PIL raises for a file that is no image, is cut short, is broken inside, or is too large to be one.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What PIL and its readers raise for a file that is no image, is cut short, is broken inside, or is too large to be one.
+_DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError),
+    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+_DIGEST_BYTES = 4096  # of an image's beginning, and of its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +65,36 @@ class Sample:
             except _DECODE_ERRORS as error:
                 raise self._unreadable(error) from error
 
+    def image_digest(self) -> str:
+        """Digest of the image file's size, beginning and end. Raises ValueError where it cannot be read."""
+        try:
+            with open(self.image, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                ends = file.read(_DIGEST_BYTES)
+                file.seek(max(0, size - _DIGEST_BYTES))
+                ends += file.read(_DIGEST_BYTES)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return hashlib.sha256(b"%d " % size + ends).hexdigest()
+
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.source}: expected a readable image, but {self.image} cannot be decoded ({error})")
 
 
 def load_conversations(
-    json_path: str | Path, image_folder: str | Path | None = None, *, limit: int | None = None
+    json_path: str | Path,
+    image_folder: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    images_anywhere: bool = False,
 ) -> list[Sample]:
     """Load LLaVA's conversation JSON (a list) or JSON lines (`.jsonl`), checked entry by entry.
 
     json_path: the file. image_folder: what each entry's relative `image` is relative to, None where no entry has one.
-    limit: take only the first entries. Images must exist; they are decoded by the collator. Raises ValueError that
-    names file, entry and id, what was expected and what came.
+    limit: take only the first entries. images_anywhere: whether an `image` may be absolute, or leave the folder by
+    `..`. Images must exist; they are decoded by the collator. Raises ValueError that names file, entry and id, what was
+    expected and what came.
     """
     path, folder = Path(json_path), None if image_folder is None else Path(image_folder)
     if limit is not None and limit < 1:
@@ -82,7 +109,7 @@ def load_conversations(
     for where, entry in _entries(path):
         if limit is not None and len(samples) == limit:
             break
-        samples.append(_parse(entry, where, folder, known_images))
+        samples.append(_parse(entry, where, folder, known_images, images_anywhere))
     if not samples:
         raise ValueError(f"{path}: expected at least one conversation, the file holds none")
     return samples
@@ -92,6 +119,18 @@ def check_images(samples: Iterable[Sample]) -> None:
     """Read every distinct image's header, so that a bad file is found before training. Raises ValueError."""
     for sample in {sample.image: sample for sample in samples}.values():
         sample.check_image()
+
+
+def data_digest(samples: Iterable[Sample]) -> str:
+    """Digest of what a model is trained on: every text in order, and of each image the file's size, its first and its
+    last 4096 bytes (all of a small file; reading a large data set whole would take longer than checking it)."""
+    digest, seen = hashlib.sha256(), {}
+    for sample in samples:
+        if sample.image not in seen:
+            seen[sample.image] = None if sample.image is None else sample.image_digest()
+        words = [sample.questions, sample.answers, seen[sample.image]]
+        digest.update(hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,30 +143,22 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
                 where = f"{path} line {number}"
-                yield where, _parse_json(line, where)
+                yield where, parse(line, where)
         return
     if not text.strip():
         raise ValueError(f"{path}: expected a JSON list of conversations, the file is empty")
-    entries = _parse_json(text, str(path))
+    entries = parse(text, str(path))
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a JSON list of conversations, got {_kind(entries)}")
     for index, entry in enumerate(entries):
         yield f"{path} entry {index}", entry
 
 
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise ValueError(f"{where}: expected valid JSON, but {error.msg} at {place}") from error
-
-
-def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path]) -> Sample:
+def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path], images_anywhere: bool) -> Sample:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object with id, image and conversations, got {_kind(entry)}")
     if "id" in entry:
-        where = f"{where} (id {entry['id']!r})"
+        where = f"{where} (id {shown(entry['id'])})"
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{where}: expected 'conversations' to be a non-empty list of turns, got {_kind(turns)}")
@@ -140,7 +171,7 @@ def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path])
         raise ValueError(f"{where}: expected every human turn to be answered by a gpt turn, got {answered}")
     questions, answers = tuple(texts[::2]), tuple(texts[1::2])
 
-    image = _parse_image(entry.get("image"), where, folder, known_images)
+    image = _parse_image(entry.get("image"), where, folder, known_images, images_anywhere)
     marks = questions[0].count(IMAGE_MARK)
     expected = int(image is not None)
     if marks != expected:
@@ -151,12 +182,16 @@ def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path])
     if any(IMAGE_MARK in text for text in texts[1:]):
         raise ValueError(f"{where}: expected {IMAGE_MARK} only in the first human turn, found it in a later turn")
     return Sample(
-        id=str(entry.get("id", where.rsplit(" ", 1)[-1])),
+        id=_name(entry["id"]) if "id" in entry else where.rsplit(" ", 1)[-1],
         questions=questions,
         answers=answers,
         image=image,
         source=where,
     )
+
+
+def _name(given: Any) -> str:
+    return given if isinstance(given, str) else shown(given)
 
 
 def _parse_turn(turn: Any, index: int, where: str) -> str:
@@ -166,21 +201,32 @@ def _parse_turn(turn: Any, index: int, where: str) -> str:
         raise ValueError(f"{where}: expected an object with 'from' and 'value', got {_kind(turn)}")
     role, text = turn["from"], turn["value"]
     if role not in _ROLES:
-        raise ValueError(f"{where}: expected role 'human' or 'gpt', got {role!r}")
+        raise ValueError(f"{where}: expected role 'human' or 'gpt', got {shown(role)}")
     if role != _ROLES[index % 2]:
         raise ValueError(f"{where}: expected turns to alternate from 'human' to 'gpt', got {role!r} here")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: expected 'value' to be a non-empty text, got {_kind(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: expected 'value' in Unicode, got half a surrogate pair ({error.reason})") from error
     return text.strip()
 
 
-def _parse_image(name: Any, where: str, folder: Path | None, known_images: set[Path]) -> Path | None:
+def _parse_image(
+    name: Any, where: str, folder: Path | None, known_images: set[Path], images_anywhere: bool
+) -> Path | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: expected 'image' to be one relative path, got {_kind(name)}")
     if folder is None:
         raise ValueError(f"{where}: expected no 'image', as no image folder was given, got {name!r}")
+    if not images_anywhere and (PurePath(name).is_absolute() or ".." in PurePath(name).parts):
+        raise ValueError(
+            f"{where}: expected 'image' inside the image folder, got {name!r}; images_anywhere (--images-anywhere) "
+            "takes it"
+        )
     image = folder / name
     if image not in known_images:
         if not os.path.isfile(image):
@@ -208,4 +254,5 @@ def _kind(value: Any) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object with {', '.join(map(repr, list(value)[:4]))}"
-    return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}.."
+    text = shown(value)
+    return text if len(text) <= 40 else f"{text[:40]}.."

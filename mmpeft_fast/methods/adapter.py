@@ -7,13 +7,14 @@ parallel: y = W x + b + s U f(D drop x)
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
 
+from mmpeft_fast.fields import at_least, one_of
 from mmpeft_fast.layers.plan import INITS, LINEAR_ROLES, BranchPlan, Plan
-from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number, resolve_targets
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Dropout, Method, Width, resolve_targets
 from mmpeft_fast.ops.activations import ACTIVATIONS
 
 _POST_ROLES = ("o", "down")
-_PLACEMENTS = ("series", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +31,16 @@ class Adapter(Method):
         init: "bert" (both N(0, 0.02): not the identity at step 0) or "kaiming" (D Kaiming, U zero; `mam_adapter`).
     """
 
-    bottleneck: int = 256
-    activation: str = "tanh"
-    dropout: float = 0.05
-    scaling: float = 1.0
+    bottleneck: Width = 256
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "tanh"
+    dropout: Dropout = 0.05
+    scaling: Annotated[float, at_least(0)] = 1.0
     targets: str | tuple[str, ...] = "mlp"
-    placement: str = "series"
-    init: str = "bert"
+    placement: Annotated[str, one_of("series", "parallel")] = "series"
+    init: Annotated[str, one_of(*INITS)] = "bert"
 
     def __post_init__(self):
-        check_number("Adapter", "bottleneck", self.bottleneck, low=1, integer=True)
-        check_number("Adapter", "dropout", self.dropout, low=0, high=1)
-        check_number("Adapter", "scaling", self.scaling, low=0)
-        for name, value, allowed in (
-            ("activation", self.activation, tuple(ACTIVATIONS)),
-            ("placement", self.placement, _PLACEMENTS),
-            ("init", self.init, INITS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Adapter: expected {name} in {list(allowed)}, got {value!r}")
+        super().__post_init__()
         resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
 
     def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:

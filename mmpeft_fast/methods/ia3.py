@@ -20,6 +20,7 @@ class IA3(Method):
     targets: str | tuple[str, ...] = ("k", "v", "down")
 
     def __post_init__(self):
+        super().__post_init__()
         self._resolve(LINEAR_ROLES)
 
     def _resolve(self, roles: Collection[str]) -> tuple[str, ...]:

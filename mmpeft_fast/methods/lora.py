@@ -3,9 +3,11 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
 
+from mmpeft_fast.fields import at_least
 from mmpeft_fast.layers.plan import LINEAR_ROLES, BranchPlan, Plan
-from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number, resolve_targets
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Dropout, Method, Width, resolve_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +24,15 @@ class LoRA(Method):
             which has the same distribution for each of them and costs one skinny GEMM instead of several.
     """
 
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
+    r: Width = 128
+    alpha: Annotated[float, at_least(0)] = 256
+    dropout: Dropout = 0.05
     targets: str | tuple[str, ...] = "both"
     rank_stabilized: bool = False
     independent_masks: bool = False
 
     def __post_init__(self):
-        check_number("LoRA", "r", self.r, low=1, integer=True)
-        check_number("LoRA", "alpha", self.alpha, low=0)
-        check_number("LoRA", "dropout", self.dropout, low=0, high=1)
+        super().__post_init__()
         resolve_targets(self.targets, LINEAR_ROLES, "LoRA")
 
     @property

@@ -2,8 +2,15 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from mmpeft_fast.fields import Bound, at_least, between, check_fields
 from mmpeft_fast.layers.plan import ATTENTION_ROLES, LINEAR_ROLES, MLP_ROLES, Plan
+
+# A rank or another inner width; no decoder's hidden size is near the upper end, and a typo is not an out-of-memory.
+Width = Annotated[int, between(1, 65536)]
+# Masks have a resolution of 2^-16: more than this and every element would be dropped.
+Dropout = Annotated[float, at_least(0), Bound("below 1 - 2^-17", lambda p: p < 1 - 2**-17)]
 
 SEPARATE_ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
 _LOCATIONS = {"attention": (*ATTENTION_ROLES, "qkv"), "mlp": MLP_ROLES, "both": LINEAR_ROLES}
@@ -11,7 +18,10 @@ _LOCATIONS = {"attention": (*ATTENTION_ROLES, "qkv"), "mlp": MLP_ROLES, "both": 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A PEFT method with its settings."""
+    """A PEFT method with its settings. Raises ValueError for a setting of another type or out of range."""
+
+    def __post_init__(self):
+        check_fields(self, f"{type(self).__name__}.")
 
     def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         """What this method places where, for a decoder layer that has `roles`."""
@@ -40,14 +50,3 @@ def resolve_targets(
     if not roles or len(set(roles)) != len(roles):
         raise ValueError(f"{method}: expected at least one role and none twice, got {list(roles)}")
     return roles
-
-
-def check_number(
-    method: str, name: str, value: object, *, low: float, high: float | None = None, integer=False
-) -> None:
-    """Raises ValueError unless low <= value (< high where given)."""
-    fits = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not fits or not value >= low or (high is not None and not value < high):
-        kind = "an integer" if integer else "a number"
-        bounds = f">= {low}" if high is None else f"in [{low}, {high})"
-        raise ValueError(f"{method}: expected {name} to be {kind} {bounds}, got {value!r}")

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from mmpeft_fast.layers.plan import Plan, PrefixPlan
-from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, check_number
+from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, Width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +17,9 @@ class Prefix(Method):
         projection_width: inner width of that; the decoder's hidden size when None.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: Width = 20
     projection: bool = False
-    projection_width: int | None = None
-
-    def __post_init__(self):
-        check_number("Prefix", "num_virtual_tokens", self.num_virtual_tokens, low=1, integer=True)
-        if self.projection_width is not None:
-            check_number("Prefix", "projection_width", self.projection_width, low=1, integer=True)
+    projection_width: Width | None = None
 
     def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         return Plan(

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mmpeft_fast.layers.class_swap import own_class
+from mmpeft_fast.models.checks import check_config
 from mmpeft_fast.models.family import Family
 from mmpeft_fast.models.llama import LLAMA
 from mmpeft_fast.models.llava import LLAVA
@@ -28,10 +31,18 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# What transformers and the readers below it raise for damaged files and for values that mean nothing.
+UNLOADABLE = (
+    *(ImportError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(AssertionError, StrictDataclassError, SafetensorError),
+)
+
 __all__ = [
     "FAMILIES",
+    "UNLOADABLE",
     "Family",
     "base_model",
+    "check_config",
     "empty_model",
     "family_of",
     "load_pretrained",
@@ -79,11 +90,13 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
     try:
         config, _ = PretrainedConfig.get_config_dict(name_or_path)
         family = _family_for(config["model_type"], f"model {name_or_path!r}")
+        check_config(family.model_class.config_class.from_pretrained(name_or_path))
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
+        family.layers_of(model)
         processor = family.processor_class.from_pretrained(name_or_path)
-    except (ImportError, OSError, KeyError, ValueError) as error:
+    except UNLOADABLE as error:
         kind = "folder" if Path(name_or_path).is_dir() else "model name"
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load a model and its processor from {kind} {name_or_path!r}: {reason}") from error
     return model, processor
 

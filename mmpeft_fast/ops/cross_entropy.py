@@ -99,7 +99,8 @@ def linear_cross_entropy(
         count: what the summed loss is divided by; the number of rows that are not ignored when None.
 
     Returns:
-        0-dim loss. With no labelled row and no `count` it is nan, as torch's mean over nothing.
+        0-dim loss. With no labelled row and no `count` it is nan, as torch's mean over nothing; the gradients are then
+        zero, as torch's are.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -109,6 +110,13 @@ def linear_cross_entropy(
             f"linear_cross_entropy: expected x [S, H], weight [V, H], labels [S], got x {list(x.shape)}, "
             f"weight {list(weight.shape)}, labels {list(labels.shape)}"
         )
+    if not weight.shape[0] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"linear_cross_entropy: expected a head of at least one word and a bias of as many, got weight "
+            f"{list(weight.shape)}, bias {None if bias is None else list(bias.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: expected labels in torch.int64, got {labels.dtype}")
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -117,6 +125,8 @@ def linear_cross_entropy(
     if count is None:
         count = (labels != IGNORE_INDEX).sum()
     count = torch.as_tensor(count, device=x.device)
+    if count.dim():
+        raise ValueError(f"linear_cross_entropy: expected one count, got a tensor of sizes {list(count.shape)}")
     with without_autocast(x):
         if torch.compiler.is_compiling():
             return torch.ops.mmpeft_fast.linear_cross_entropy(forced_provider(), x, weight, bias, labels, count)

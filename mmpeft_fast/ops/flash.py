@@ -34,7 +34,9 @@ def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def _kernel(q: Tensor, mask: Tensor | None) -> str:
+def _kernel(q: Tensor, k: Tensor, mask: Tensor | None) -> str:
+    if not (q.numel() and k.numel()):
+        return "math"  # torch's CPU kernel divides by the number of queries
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type in ("cuda", "meta"):
@@ -85,7 +87,7 @@ def _math_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale:
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> FlashResult:
     """q [B, H, Tq, DH]; k, v [B, HK, Tk, DH], HK divides H; mask [B or 1, 1 or H, Tq, Tk] bool or additive, or None;
     `causal` (Tq = Tk) excludes a mask. Rows that may attend to nothing give out = 0; their lse is the kernel's."""
-    kernel = _kernel(q, mask)
+    kernel = _kernel(q, k, mask)
     if kernel == "cpu":
         bias = additive_mask(mask, q.dtype)
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -121,8 +123,8 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes of q, k, v; `result` may hold the out and lse of a softmax over further keys."""
     out, lse, extra = result
-    kernel = _kernel(q, mask)
-    if mask is not None and mask.dtype != torch.bool:
+    kernel = _kernel(q, k, mask)
+    if mask is not None and mask.dtype != torch.bool and mask.numel():
         dout = (dout * _unseen_share(additive_mask(mask, q.dtype).to(lse.dtype), lse)).to(dout.dtype)
     if kernel == "cpu":
         bias = additive_mask(mask, q.dtype)

@@ -384,6 +384,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, count: Tensor, *, need_grad: 
     if need_grad:
         dlogits = torch.exp(scores - lse) if scores is logits else scores.sub_(lse).exp_()
         dlogits.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-        dlogits.mul_((kept.to(wide) / count)[:, None])
+        # A count of 0, with every row ignored, is no nan.
+        dlogits.mul_((kept.to(wide) / count).masked_fill_(~kept, 0.0)[:, None])
         logits.copy_(dlogits)
     return total / count

@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_argument_group("the device")
     device.add_argument(
         "--device", default="h100", metavar="NAME|FILE",
-        help="a100-40, a100-80, h100, b200, l40s, rtx-4090, cpu: from data sheets; h200: as measured, with a slow host; "
-        "h200-usual-host; or a profile's file (default: h100)",
+        help="a100-40, a100-80, h100, b200, l40s, rtx-4090, cpu: from data sheets; h200: as measured, on a slow host; "
+        "h200-usual-host: on one 2.5 times as fast; or a profile's file (default: h100)",
     )  # fmt: skip
     device.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="measure --device cuda or cpu here and write its profile"
@@ -156,6 +156,7 @@ def _sweep(args: argparse.Namespace) -> None:
     from mmpeft_fast.plan.charts import sweep_html, sweep_svg
     from mmpeft_fast.plan.report import sweep_text
     from mmpeft_fast.plan.sweep import as_csv, axis, rows_of, swept
+    from mmpeft_fast.train.command import parse_value
 
     for option, path in (("--csv", args.csv), ("--plot", args.plot)):
         if path is not None and not path.resolve().parent.is_dir():
@@ -163,7 +164,7 @@ def _sweep(args: argparse.Namespace) -> None:
     if args.plot is not None and args.plot.suffix not in (".svg", ".html"):
         raise ValueError(f"--plot: expected a file that ends in .svg or .html, got {args.plot}")
     request = _request(args)
-    axes = [axis(text, _value) for text in args.sweep]
+    axes = [axis(text, parse_value) for text in args.sweep]
     plans = swept(request, args.device, axes)
     rows, names = rows_of(plans), [name for name, _ in axes]
     text = sweep_text(names, rows)
@@ -176,11 +177,3 @@ def _sweep(args: argparse.Namespace) -> None:
         svg = sweep_svg(rows, names, title=title, memory_bytes=memory)
         write_text(args.plot, svg if args.plot.suffix == ".svg" else sweep_html(svg, title, text))
     print(json.dumps(rows, indent=2) if args.json else text)
-
-
-def _value(text: str):
-    """A number, true or false as JSON has them, else the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -1,7 +1,7 @@
 """Counting what a step launches: FLOPs, bytes moved and launches of every op, by part and phase.
 
 FLOPs follow torch's FlopCounterMode: 2 M N K for a product, attention without regard to causality. An op moves its
-operands once: what it reads plus what it writes. Views and allocations are free.
+operands once: what it reads plus what it writes. Views, allocations and ops on nothing are free.
 """
 
 from collections import Counter
@@ -166,16 +166,16 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _with_products(launched: list[Launch], flops: int, of_weights: int) -> tuple[Launch, ...]:
-    """The launches of a call with its FLOPs: those of weights' gradients on the kernel that makes them alone, the rest
-    on the first of the other Triton kernels, or of torch's ops where there is none."""
+    """The launches of a call with its FLOPs. Torch's ops have theirs; of what is left, the products of weights'
+    gradients go to the kernel that makes them alone, the rest to the first of the other Triton kernels."""
+    left = flops - sum(each.flops for each in launched)
     apart = [i for i, each in enumerate(launched) if each.kernel == _OF_WEIGHTS]
-    others = [i for i, each in enumerate(launched) if each.kernel not in (_OF_WEIGHTS, *_SUMS)]
-    main = next((i for i in others if launched[i].is_triton), others[0] if others else None)
+    others = [i for i, each in enumerate(launched) if each.is_triton and each.kernel not in (_OF_WEIGHTS, *_SUMS)]
     found = list(launched)
     for i in apart:
-        found[i] = found[i]._replace(flops=(of_weights if others else flops) // len(apart))
-    if main is not None:
-        found[main] = found[main]._replace(flops=flops - (of_weights if apart else 0))
+        found[i] = found[i]._replace(flops=(min(of_weights, left) if others else left) // len(apart))
+    if others:
+        found[others[0]] = found[others[0]]._replace(flops=left - (min(of_weights, left) if apart else 0))
     return tuple(found)
 
 
@@ -235,19 +235,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not is_free(func) and tensors_in((args, kwargs, out)) and not self._is_table(func, args, out):
-            moved = op_bytes(func, args, kwargs, out)
-            if self._call is not None:
-                self._call.append(Launch(func.overloadpacket.__name__, moved, is_triton=False))
-            else:
-                flops = op_flops(func, args, kwargs, out)
-                written = tensors_in(out) or tensors_in(args)
-                dtype = written[0].dtype if written else torch.float32
-                of_weights = weight_flops(func, args, flops) if flops else 0
-                causal = is_causal(func, args, kwargs) if flops else False
-                regular = bool(flops) or is_regular([*tensors_in((args, kwargs)), *written])
-                name = func.overloadpacket.__name__
-                self._add(name, dtype, (flops, of_weights), moved, causal=causal, regular=regular)
+        if (
+            is_free(func)
+            or self._is_table(func, args, out)
+            or not any(t.numel() for t in tensors_in((args, kwargs, out)))
+        ):
+            return out
+        name, moved = func.overloadpacket.__name__, op_bytes(func, args, kwargs, out)
+        flops = op_flops(func, args, kwargs, out)
+        if self._call is not None:
+            self._call.append(Launch(name, moved, is_triton=False, flops=flops))
+            return out
+        written = tensors_in(out) or tensors_in(args)
+        dtype = written[0].dtype if written else torch.float32
+        of_weights = weight_flops(func, args, flops) if flops else 0
+        causal = is_causal(func, args, kwargs) if flops else False
+        regular = bool(flops) or is_regular([*tensors_in((args, kwargs)), *written])
+        self._add(name, dtype, (flops, of_weights), moved, causal=causal, regular=regular)
         return out
 
     def _is_table(self, func, args: tuple, out) -> bool:

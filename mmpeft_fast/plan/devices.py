@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 
 from mmpeft_fast.atomic import write_text
+from mmpeft_fast.fields import check_fields, shown
+from mmpeft_fast.json_text import parse
 
 GIB = 2**30
 _DTYPE_NAMES = ("bf16", "fp16", "fp32")
@@ -61,6 +63,7 @@ class Device:
     sources: Mapping[str, str]
 
     def __post_init__(self):
+        check_fields(self, "device.")
         if self.type not in ("cuda", "cpu"):
             raise ValueError(f"device {self.name}: expected type cuda or cpu, got {self.type!r}")
         shares = ("regular", "irregular", "load_clock")
@@ -70,12 +73,17 @@ class Device:
             if set(rates) - set(_DTYPE_NAMES) or (set(_DTYPE_NAMES) - set(rates) and not name.startswith("cudnn")):
                 raise ValueError(f"device {self.name}: expected rates of {', '.join(_DTYPE_NAMES)} for {name}")
             for dtype, rate in rates.items():
-                for flops, value in _points(rate):
-                    numbers[f"{name} {dtype} at {flops:g}"] = value
+                points = _points(rate)
+                if not points or any(len(point) != 2 for point in points):
+                    raise ValueError(
+                        f"device {self.name}: expected points (FLOPs, rate) of {name} {dtype}, got {shown(points)}"
+                    )
+                numbers |= {f"{name} {dtype} at {flops:g}": value for flops, value in points}
+                numbers |= {f"FLOPs of {name} {dtype}": flops for flops, _ in points}
         for name, reached in self.kernels.items():
             numbers |= {f"{what} of {name}": value for what, value in reached.items() if what in ("bytes", "products")}
         for name, value in numbers.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise ValueError(f"device {self.name}: expected {name} to be a positive number, got {value!r}")
         missing = sorted(set(_HOST_KINDS) - set(self.host_s))
         if missing:
@@ -316,11 +324,11 @@ def device_named(name: str) -> Device:
     if not path.is_file():
         raise ValueError(f"device: expected one of {list(DEVICES)} or a profile's file, got {name!r}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("gemm", "attention", "attention_backward", "cudnn_attention", "cudnn_attention_backward"):
-            fields[name] = {dtype: _read_rate(rate) for dtype, rate in fields.get(name, {}).items()}
+        fields = parse(path.read_text(encoding="utf-8"), name)
+        for rates in ("gemm", "attention", "attention_backward", "cudnn_attention", "cudnn_attention_backward"):
+            fields[rates] = {dtype: _read_rate(rate) for dtype, rate in fields.get(rates, {}).items()}
         return Device(**fields)
-    except (TypeError, KeyError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"device: expected a profile written by --calibrate in {name}: {error}") from error
 
 

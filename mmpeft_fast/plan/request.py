@@ -3,18 +3,21 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
+from mmpeft_fast.fields import Bound, between, check_fields, one_of
 from mmpeft_fast.methods import make_method
-from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
 
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
 OPTIMIZERS = ("foreach", "fused")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Token ids and masks of a planned batch are real tensors: beyond this they would not fit where the plan is made.
+MOST_TOKENS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +41,27 @@ class Request:
     model: str
     method: str = "lora"
     settings: Mapping[str, object] = field(default_factory=dict)
-    implementation: str = "fused"
-    batch_size: int = 1
-    seq_len: int = 1024
-    images: int | None = None
-    image_size: int | None = None
-    supervised_fraction: float = 0.05
-    dtype: str = "bf16"
+    implementation: Annotated[str, one_of(*IMPLEMENTATIONS)] = "fused"
+    batch_size: Annotated[int, between(1, 2**20)] = 1
+    seq_len: Annotated[int, between(2, 2**20)] = 1024
+    images: Annotated[int, between(0, 1024)] | None = None
+    image_size: Annotated[int, between(1, 2**14)] | None = None
+    supervised_fraction: Annotated[float, Bound("in (0, 1]", lambda share: 0 < share <= 1)] = 0.05
+    dtype: Annotated[str, one_of(*DTYPES)] = "bf16"
     checkpointing: bool = False
     train: tuple[str, ...] = ()
     fp32_adapters: bool = True
-    optimizer: str = "foreach"
+    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = "foreach"
 
     def __post_init__(self):
+        check_fields(self)
         if self.images is None:
             object.__setattr__(self, "images", _usual_images(self.model))
-        for name, low in (("batch_size", 1), ("seq_len", 2), ("images", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")
-        if not 0 < self.supervised_fraction <= 1:
-            raise ValueError(f"supervised_fraction: expected a number in (0, 1], got {self.supervised_fraction!r}")
-        for name, allowed in (("implementation", IMPLEMENTATIONS), ("dtype", tuple(DTYPES)), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
+        if self.batch_size * self.seq_len > MOST_TOKENS:
+            raise ValueError(
+                f"batch_size, seq_len: expected at most {MOST_TOKENS} tokens together, "
+                f"got {self.batch_size} samples of {self.seq_len}"
+            )
         unknown = sorted(set(self.train) - set(TRAINABLE_PARTS))
         if unknown:
             raise ValueError(f"train: expected parts among {list(TRAINABLE_PARTS)}, got {unknown}")
@@ -95,9 +95,12 @@ def model_config(model: str) -> PretrainedConfig:
         model_type = PretrainedConfig.get_config_dict(model, local_files_only=True)[0].get("model_type")
         for family in FAMILIES.values():
             if model_type in family.model_types:
-                return family.model_class.config_class.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+                config = family.model_class.config_class.from_pretrained(model, local_files_only=True)
+                check_config(config)
+                family.layers_of(empty_model(config))  # what only building it would tell
+                return config
+    except UNLOADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"model: transformers cannot build the configuration in {model!r}: {reason}") from error
     known = sorted(name for family in FAMILIES.values() for name in family.model_types)
     raise ValueError(f"model: expected a configuration of type {known}, got {model_type!r} in {model!r}")

@@ -129,12 +129,14 @@ def _check_base(name_or_path: str) -> None:
     """Reads the checkpoint's configuration, so that a wrong one ends the run before it starts."""
     from transformers import AutoConfig
 
-    from mmpeft_fast.models import FAMILIES
+    from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config
 
     try:
-        model_type = AutoConfig.from_pretrained(name_or_path).model_type
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(name_or_path)
+        check_config(config)
+        model_type = config.model_type
+    except UNLOADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"--base: expected a checkpoint's folder or name, got {name_or_path!r}: {reason}") from error
     known = [name for family in FAMILIES.values() for name in family.model_types]
     if model_type not in known:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.doctor import device_name, versions
+from mmpeft_fast.json_text import parse
 from mmpeft_fast.study.cells import NO_METHOD, TINY_MODELS, BaseSpec, CellSpec, StudyConfig, plan
 from mmpeft_fast.study.inputs import Inputs, prepare_inputs
 from mmpeft_fast.study.process import run_job
@@ -88,10 +89,7 @@ def read_rows(path: Path) -> list[dict]:
         return []
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: expected a JSON object, got {line[:40]!r}") from error
+        row = parse(line, f"{path} line {number}")
         if not isinstance(row, dict) or not {"spec_key", "status", "model", "method", "implementation"} <= row.keys():
             raise ValueError(f"{path} line {number}: expected a row of the study, got {line[:40]!r}")
         rows.append(row)

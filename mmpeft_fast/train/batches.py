@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader
 from mmpeft_fast.data import Collator, Sample
 from mmpeft_fast.train.order import SampleOrder
 
+# Ctrl-C, what a scheduler or `kill` sends, and a closed terminal.
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def batches_by_step(
     order: SampleOrder,
@@ -56,5 +59,7 @@ class _MicroBatches:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which finishes its step and needs the loader until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave what asks a run to end to the main process, which finishes its step and needs the loader until then; the
+    workers end with their loader, or when they find their parent gone."""
+    for name in INTERRUPTS:
+        signal.signal(name, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from accelerate import PartialState
 from torch import nn
 
 from mmpeft_fast import add_peft, fuse, save_peft, study_method
-from mmpeft_fast.atomic import write_text
+from mmpeft_fast.atomic import exclusive, write_text
 from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.checkpoint import check_replaceable
 from mmpeft_fast.data import (
     Collator,
     Sample,
@@ -23,6 +25,7 @@ from mmpeft_fast.data import (
     load_conversations,
     train_tokenizer,
 )
+from mmpeft_fast.fields import shown
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
 from mmpeft_fast.train.config import TrainConfig
@@ -40,8 +43,8 @@ data: LLaVA's conversation JSON (a list) or .jsonl, one entry per sample:
      {{"from": "human", "value": "<image>\\nWhat is it?"}}, {{"from": "gpt", "value": "A cat."}}]}}
 
 output: train_log.jsonl (a row per step), checkpoint-<step>/ (trainable.safetensors and what exact resume needs),
-  {ADAPTER}/ (in HF PEFT's format) and {RESULT} at the end. Ctrl-C saves after the current step and exits with 130;
-  go on with --resume.
+  {ADAPTER}/ (in HF PEFT's format) and {RESULT} at the end. Ctrl-C, SIGTERM and SIGHUP save after the current step and
+  exit with 130; go on with --resume, which takes the run's own settings, model and data only.
 
 examples:
   mmpeft-fast train --model tiny-llava --method lora --set r=16 --set alpha=32 --data easy-vqa --limit 2000 \\
@@ -92,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="FILE", help=f"conversation JSON, or {EASY_VQA} for the built-in set"
     )
     group.add_argument("--images", metavar="DIR", help="what the data's image paths are relative to, if there are any")
+    group.add_argument(
+        "--images-anywhere", action="store_true", help="take image paths that are absolute or lead out of the folder"
+    )
     group.add_argument("--limit", type=int, metavar="N", help=f"only the first N samples ({EASY_VQA}: a random N)")
     group.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="longest sample (default: %(default)s)"
@@ -136,11 +142,12 @@ def run(args: argparse.Namespace) -> int:
     make_method(args.method, **settings)  # checked before the slow part begins, like the configuration
     config = TrainConfig.for_study(args.method, "", **overrides)
     check_output(args.output, resume=args.resume)
+    _check_results(args.output, resume=args.resume)
     check_tracker(config.tracker, args.output)
-    samples = _load("", args.data, args.images, args.limit, "train", config.seed)
+    samples = _load(args, "", "train", config.seed)
     eval_samples = []
     if args.eval_data is not None:
-        eval_samples = _load("eval-", args.eval_data, args.eval_images, args.eval_limit, "test", config.seed)
+        eval_samples = _load(args, "eval-", "test", config.seed)
 
     model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
@@ -176,11 +183,23 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     if is_main:
-        save_peft(model, args.output / ADAPTER)
         accuracy = evaluate_accuracy(model, collator, eval_samples) if eval_samples else None
-        write_text(args.output / RESULT, json.dumps(_outcome(result, accuracy), indent=2) + "\n")
+        with exclusive(args.output):
+            save_peft(model, args.output / ADAPTER)
+            write_text(args.output / RESULT, json.dumps(_outcome(result, accuracy), indent=2) + "\n")
         print(_conclusion(result, accuracy))
     return 0
+
+
+def _check_results(output: Path, *, resume: bool) -> None:
+    """Raise ValueError where something stands in the place of what a run writes at its end."""
+    adapter, result = output / ADAPTER, output / RESULT
+    if os.path.lexists(result) and not result.is_file():
+        raise ValueError(f"{result}: expected a file or nothing, something else is in its place")
+    if os.path.lexists(adapter):
+        check_replaceable(adapter)
+        if not resume:
+            raise ValueError(f"{adapter}: expected a new folder for the adapter, there is one already")
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -190,22 +209,25 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not (equals and name and text):
             raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
-        parsed[name.strip()] = tuple(map(_value, text.split(","))) if "," in text else _value(text)
+        parsed[name.strip()] = tuple(map(parse_value, text.split(","))) if "," in text else parse_value(text)
     return parsed
 
 
-def _value(text: str) -> int | float | bool | str | None:
+def parse_value(text: str) -> int | float | bool | str | None:
     """A number, true, false or null as JSON has them, else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text.strip()
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"expected a number, true, false, null or a word, got {shown(text)}") from error
 
 
-def _load(option: str, data: str, images: str | None, limit: int | None, split: str, seed: int) -> list[Sample]:
+def _load(args: argparse.Namespace, option: str, split: str, seed: int) -> list[Sample]:
     """Samples of `--<option>data`, with every image's header read."""
+    data, images, limit = (getattr(args, f"{option.replace('-', '_')}{name}") for name in ("data", "images", "limit"))
     if data != EASY_VQA:
-        samples = load_conversations(data, images, limit=limit)
+        samples = load_conversations(data, images, limit=limit, images_anywhere=args.images_anywhere)
         check_images(samples)
         return samples
     if images is not None:

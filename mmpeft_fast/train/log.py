@@ -4,12 +4,15 @@ import json
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from mmpeft_fast.atomic import write_text
+from mmpeft_fast.fields import at_least, check_value
+from mmpeft_fast.json_text import parse
 
 LOG = "train_log.jsonl"
 
@@ -84,16 +87,24 @@ def peak_mib(device: torch.device) -> float:
 
 
 def _rows_through(path: Path, step: int) -> list[str]:
-    """The log's lines up to a step; a last line cut short by a crash is dropped."""
+    """The log's lines up to a step; what a crash has cut short at its end is dropped.
+
+    Raises ValueError for a line that is no row and has rows behind it.
+    """
     if not path.is_file():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    kept, broken = [], None
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            row = parse(line.decode("utf-8"), f"{path} line {number}")
+            check_value(f"{path} line {number}", row, dict)
+            check_value(f"{path} line {number}: step", row.get("step"), Annotated[int, at_least(1)])
+        except ValueError as error:
+            broken = broken or error
+            continue
+        if broken is not None:
+            raise ValueError(f"{broken}; rows follow it, so no crash has cut it short") from broken
         if row["step"] > step:
             break
-        kept.append(line)
+        kept.append(line.decode("utf-8"))
     return kept

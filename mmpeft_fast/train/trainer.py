@@ -1,31 +1,40 @@
-"""The training loop: exact gradient accumulation, clipping, logging, checkpoints, and a clean stop on Ctrl-C.
+"""The training loop: exact gradient accumulation, clipping, logging, checkpoints, and a clean stop when asked to end.
 
 The loss of a step is the mean over all supervised tokens of its global batch, however that is cut into micro-batches
 and processes: every forward gets the step's token count as `num_items_in_batch` and returns its share of the mean.
 """
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, gather_object, send_to_device, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from torch import nn
 
+from mmpeft_fast.atomic import exclusive
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train import state
-from mmpeft_fast.train.batches import batches_by_step
+from mmpeft_fast.train.batches import INTERRUPTS, batches_by_step
 from mmpeft_fast.train.config import TrainConfig
+from mmpeft_fast.train.identity import run_identity
 from mmpeft_fast.train.log import LOG, TrainLog, peak_mib
 from mmpeft_fast.train.optimization import build_optimizer, cosine_with_warmup
 from mmpeft_fast.train.order import SampleOrder
@@ -66,10 +75,11 @@ def train(
     """Train the model's trainable parameters in place.
 
     model: any multimodal causal LM that takes a collator's batch and `num_items_in_batch`; fused or not. output: folder
-    for the log and checkpoints, None keeps nothing. resume: continue from output's latest checkpoint, bit for bit on
-    the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C ends the run after the current step with
-    a checkpoint; a second one ends it at once. Raises ValueError for bad input, before anything is written, and
-    FloatingPointError where loss or gradient is not finite.
+    for the log and checkpoints, None keeps nothing; one run at a time. resume: continue the same run from output's
+    latest checkpoint, bit for bit on the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C,
+    SIGTERM and SIGHUP end the run after the current step with a checkpoint; a second one ends it at once. Raises
+    ValueError for bad input, before anything is written, OSError where a checkpoint cannot be written (those before it
+    stay), and FloatingPointError where loss or gradient is not finite.
     """
     output = None if output is None else Path(output)
     check_output(output, resume=resume)
@@ -89,54 +99,65 @@ def train(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    run = _Run(model, config, order, accelerator, output, resume=resume)
-    steps = batches_by_step(
-        order,
-        run.position.step,
-        run.num_steps,
-        dataset,
-        collator,
-        num_workers=config.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = next(steps, None)  # collated before the first write: bad data leaves nothing behind
-    if output is not None and accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-    if config.tracker != "none":
-        accelerator.init_trackers("mmpeft-fast", config=run.identity.as_dict())
+    writes = output is not None and accelerator.is_main_process
+    with ExitStack() as held:
+        if writes and output.exists():
+            held.enter_context(exclusive(output))
+            check_output(output, resume=resume)  # nobody else has begun in between
+        run = _Run(model, config, order, dataset, collator, accelerator, output, resume=resume)
+        steps = batches_by_step(
+            order,
+            run.position.step,
+            run.num_steps,
+            dataset,
+            collator,
+            num_workers=config.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        held.enter_context(closing(steps))  # which ends its workers
+        batches = next(steps, None)  # collated before the first write: bad data leaves nothing behind
+        if writes and not output.exists():
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(output))
+            check_output(output, resume=resume)
+        if writes:
+            state.clear(output, config.keep_checkpoints)
+        if config.tracker != "none":
+            settings = {name: value for name, value in asdict(config).items() if value is not None}
+            accelerator.init_trackers("mmpeft-fast", config=settings)
 
-    losses: list[float] = []
-    interrupted = False
-    was_training = model.training
-    model.train()
-    with (
-        TrainLog(
-            accelerator,
-            output,
-            first_step=run.position.step,
-            num_steps=run.num_steps,
-            every=config.log_every,
-            progress=progress,
-        ) as log,
-        _interrupt_requested() as interrupt_requested,
-    ):
-        run.restore_rng()
-        step_begin = time.perf_counter()
-        while batches is not None and not interrupted:
-            tokens, supervised_tokens = run.sum(*_count(batches))
-            loss, grad_norm = run.backward(batches, supervised_tokens)
-            batches = next(steps, None)  # collated while the device still computes
-            row = run.update(float(loss), float(grad_norm))
-            now = time.perf_counter()
-            row |= run.advance(tokens, supervised_tokens, now - step_begin)
-            step_begin = now
-            losses.append(row["loss"])
-            log.write(row)
-            interrupted = batches is not None and any(run.sum(interrupt_requested.is_set()))
-            if config.save_every and run.position.step % config.save_every == 0:
-                run.save()
-        run.save()
-    model.train(was_training)
+        losses: list[float] = []
+        interrupted = False
+        was_training = model.training
+        model.train()
+        with (
+            TrainLog(
+                accelerator,
+                output,
+                first_step=run.position.step,
+                num_steps=run.num_steps,
+                every=config.log_every,
+                progress=progress,
+            ) as log,
+            _interrupt_requested() as interrupt_requested,
+        ):
+            run.restore_rng()
+            step_begin = time.perf_counter()
+            while batches is not None and not interrupted:
+                tokens, supervised_tokens = run.sum(*_count(batches))
+                loss, grad_norm = run.backward(batches, supervised_tokens)
+                batches = next(steps, None)  # collated while the device still computes
+                row = run.update(float(loss), float(grad_norm))
+                now = time.perf_counter()
+                row |= run.advance(tokens, supervised_tokens, now - step_begin)
+                step_begin = now
+                losses.append(row["loss"])
+                log.write(row)
+                interrupted = batches is not None and any(run.sum(interrupt_requested.is_set()))
+                if config.save_every and run.position.step % config.save_every == 0:
+                    run.save()
+            run.save()
+        model.train(was_training)
     return TrainResult(
         losses=losses,
         steps=run.position.step,
@@ -149,14 +170,26 @@ def train(
 
 
 def check_output(output: Path | None, *, resume: bool) -> None:
-    """Raise ValueError where a run's output folder is a file, or holds a run that is not to be resumed."""
+    """Raise ValueError where a run's output folder cannot be one: a file, the root, a folder that may not be written,
+    with something in the way, or with a run that is not to be resumed."""
     if output is None:
         if resume:
             raise ValueError("resume: expected an output folder to continue from, got none")
-    elif output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: expected a folder for the output, got a file")
-    elif not resume and ((output / LOG).exists() or state.latest_checkpoint(output) is not None):
+        return
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest}: expected a folder for the output, got a file")
+    if output.resolve() == Path(output.resolve().anchor):
+        raise ValueError(f"{output}: expected a folder of its own for the output, got the root of the file system")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{nearest}: expected a folder that may be written to")
+    if not resume and ((output / LOG).exists() or state.latest_checkpoint(output) is not None):
         raise ValueError(f"{output}: expected a folder without a run; resume the one it holds, or choose another")
+    if (output / LOG).exists() and not (output / LOG).is_file():
+        raise ValueError(f"{output / LOG}: expected a file for the log, a folder is in its place")
+    for path in output.glob("checkpoint-*"):
+        if not path.is_dir():
+            raise ValueError(f"{path}: expected a folder with a checkpoint, a file is in its place")
 
 
 def check_tracker(tracker: str, output: Path | None) -> None:
@@ -179,18 +212,30 @@ class _Run:
         model: nn.Module,
         config: TrainConfig,
         order: SampleOrder,
+        dataset: Sequence[Sample],
+        collator: Collator,
         accelerator: Accelerator,
         output: Path | None,
         *,
         resume: bool,
     ) -> None:
         self.num_steps = config.max_steps or order.num_steps(config.epochs)
-        self.identity = state.RunIdentity(
-            config=config,
-            num_samples=order.num_samples,
-            num_processes=order.num_processes,
-            num_steps=self.num_steps,
-        )
+        self.identity: dict[str, Any] | None = None
+        if output is not None:
+            identity = [None]
+            if accelerator.is_main_process:
+                identity = [
+                    run_identity(
+                        model,
+                        config,
+                        dataset,
+                        collator,
+                        num_processes=order.num_processes,
+                        num_steps=self.num_steps,
+                        device_type=accelerator.device.type,
+                    )
+                ]
+            (self.identity,) = broadcast_object_list(identity) if accelerator.num_processes > 1 else identity
         self.checkpoint = state.latest_checkpoint(output) if output is not None and resume else None
         self.position = state.Position()
         if self.checkpoint is not None:
@@ -211,7 +256,7 @@ class _Run:
         self._schedule = cosine_with_warmup(optimizer, steps=self.num_steps, warmup_ratio=config.warmup_ratio)
         self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
         self._model, self._accelerator, self._output = model, accelerator, output
-        self._max_grad_norm = config.max_grad_norm
+        self._max_grad_norm, self._keep_checkpoints = config.max_grad_norm, config.keep_checkpoints
         self._takes_hints = is_fused(model)
         self._rng_states = None
         if self.checkpoint is not None:
@@ -294,6 +339,7 @@ class _Run:
                 self._schedule.state_dict(),
                 rng_states,
             )
+            state.clear(self._output, self._keep_checkpoints)
         self.checkpoint = state.checkpoint_folder(self._output, self.position)
         self._accelerator.wait_for_everyone()
 
@@ -312,19 +358,27 @@ def _connector_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _interrupt_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets; a second one raises KeyboardInterrupt. Python allows this only in the main thread."""
+    """An event that Ctrl-C, SIGTERM or SIGHUP sets; a second one does what it did before, which for Ctrl-C raises
+    KeyboardInterrupt. What the process was told to ignore (nohup) stays ignored. Python allows this only in the main
+    thread."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in INTERRUPTS}
+    previous = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     def request(number: int, frame: Any) -> None:
         requested.set()
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
-    signal.signal(signal.SIGINT, request)
+    for number in previous:
+        signal.signal(number, request)
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()

@@ -180,8 +180,39 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(samples):
         Collator(processor)([samples[1]])
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 40])
+def test_the_work_is_linear_in_the_turns(processor, samples, pairs, monkeypatch):
+    """What the chat template is given to write grows with the conversation, not with its square."""
+    collator, given = Collator(processor), []
+    template = collator._template
+    monkeypatch.setattr(
+        collator,
+        "_template",
+        lambda messages, add_generation_prompt=False: (
+            given.append(len(messages)) or template(messages, add_generation_prompt)
+        ),
+    )
+    one = samples[2]
+    talk = replace(one, questions=one.questions * pairs, answers=tuple(f"answer {i} .." for i in range(pairs)))
+    batch = collator([talk])
+    runs = labelled_runs(batch["labels"][0])
+    ends = end_token(processor)
+    assert [processor.tokenizer.decode(run).strip() for run in runs] == [answer + ends for answer in talk.answers]
+    assert sum(given) <= 2 * pairs + 9 * pairs
+
+
+def test_settings_tell_collators_apart(processor, samples):
+    plain = Collator(processor)
+    before = plain.settings
+    plain(samples)
+    assert plain.settings == before == Collator(processor).settings
+    assert {"padding_side", "max_length", "tokenizer", "processor", "chat_template"} <= before.keys()
+    for other in (Collator(processor, padding_side="left"), Collator(processor, max_length=99)):
+        assert sum(other.settings[name] != value for name, value in before.items()) == 1
+
+
 def test_bad_arguments(processor):
     with pytest.raises(ValueError, match="padding_side: expected 'right' or 'left', got 'top'"):
         Collator(processor, padding_side="top")
-    with pytest.raises(ValueError, match="max_length: expected at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="max_length: expected an integer of at least 1 or none, got 0"):
         Collator(processor, max_length=0)

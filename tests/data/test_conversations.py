@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from mmpeft_fast.data import check_images, load_conversations
+from mmpeft_fast.data import check_images, data_digest, load_conversations
 
 
 def entry(**fields):
@@ -56,6 +57,9 @@ def test_json_lines(load):
     ("content", "message"),
     [
         ("", "the file is empty"),
+        ("[" * 100_000, "expected JSON of few levels, it is nested too deep"),
+        (f"[{'9' * 5000}]", "expected valid JSON, but Exceeds the limit"),
+        ([entry(conversations=turns(("human", "<image> \ud800"), ("gpt", "a")))], "half a surrogate pair"),
         ("[]", "expected at least one conversation"),
         ('[{"id": ', r"expected valid JSON, but .* at line 1 column 9"),
         ({"id": "7"}, "expected a JSON list of conversations, got an object with 'id'"),
@@ -92,6 +96,25 @@ def test_bad_entries_are_named(load, content, message):
         load(content)
     assert "data.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../0.png", "a/../../0.png"])
+def test_images_outside_the_folder_are_refused(load, name):
+    with pytest.raises(ValueError, match=r"entry 0 \(id '7'\): expected 'image' inside the image folder, got "):
+        load([entry(image=name)])
+    with pytest.raises(ValueError, match="expected the image file"):
+        load([entry(image="/no/such.png")], images_anywhere=True)
+
+
+def test_the_digest_tells_order_text_and_images_apart(load, image_folder, tmp_path):
+    samples = load([entry(), entry(id=8, image="1.png"), entry(image="2.png")])
+    digests = {data_digest(each) for each in (samples, samples[::-1], samples[:2])}
+    digests.add(data_digest([replace(samples[0], answers=("other",)), *samples[1:]]))
+    (tmp_path / "copy.png").write_bytes((image_folder / "0.png").read_bytes())
+    assert data_digest([replace(samples[0], image=tmp_path / "copy.png", id="x"), *samples[1:]]) in digests
+    (tmp_path / "copy.png").write_bytes((image_folder / "1.png").read_bytes())
+    digests.add(data_digest([replace(samples[0], image=tmp_path / "copy.png"), *samples[1:]]))
+    assert len(digests) == 5
 
 
 def test_text_alone_needs_no_folder(load, tmp_path):

@@ -109,7 +109,7 @@ def test_points_are_the_product_and_reach_settings_and_device():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="expected every name once"):
         list(points(base, "h100", [("r", (8,)), ("r", (16,))]))
-    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected an integer of 1 to 1048576, got 0"):
         list(points(base, "h100", [("batch_size", (1, 0))]))
     with pytest.raises(ValueError, match="no setting"):
         list(points(base, "h100", [("rank", (8,))]))

@@ -14,7 +14,7 @@ from mmpeft_fast.plan.request import Request
 from mmpeft_fast.plan.roofline import step_time, work_seconds
 
 HERE = Path(__file__).parent
-ROWS = [HERE / "h200_steps.json"]  # or rows.jsonl and peers.jsonl of bench/results/nvidia-h200
+ROWS = [HERE.parents[1] / "bench" / "results" / "nvidia-h200" / name for name in ("rows.jsonl", "peers.jsonl")]
 # What a fused step launched at that commit, and what its kernels reached: both change with the kernels.
 FUSED = json.loads((HERE / "fused_at_d880b0b.json").read_text())
 STOCK = ("frozen", "peft", "peft_bf16")

@@ -106,6 +106,13 @@ def test_both_implementations_train_in_bf16(call, tmp_path, implementation):
         ({"tracker": "crayon"}, "tracker: expected none or one of"),
         ({"max-length": 10}, "max_length 10"),
         ({"limit": 0}, "limit: expected at least 1 sample, got 0"),
+        ({"set": "targets=1"}, "LoRA.targets: expected a text or a list of texts, got 1"),
+        ({"set": "targets=null"}, "LoRA.targets: expected a text or a list of texts, got None"),
+        ({"set": "rank_stabilized=no"}, "LoRA.rank_stabilized: expected true or false, got 'no'"),
+        ({"set": "r=99999999999"}, "LoRA.r: expected an integer of 1 to 65536, got 99999999999"),
+        ({"set": f"r={'9' * 5000}"}, "expected a number, true, false, null or a word, got '999"),
+        ({"set": f"r={'[' * 5000}"}, "expected a number, true, false, null or a word, got '[[["),
+        ({"output": "/"}, "expected a folder of its own for the output, got the root of the file system"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(call, tmp_path, options, message):
@@ -114,6 +121,35 @@ def test_bad_input_is_one_sentence_and_writes_nothing(call, tmp_path, options, m
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "adapter"])
+def test_what_stands_in_the_place_of_a_result_is_found_before_training(call, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{name}.*(something else is in its place|it also holds mine.txt)"):
+        call()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_another_runs_adapter_is_not_replaced(call, tmp_path):
+    call(**{"max-steps": 1, "output": tmp_path / "first"})
+    (tmp_path / "first" / "adapter").rename((tmp_path / "out").with_name("adapter"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "adapter").rename(tmp_path / "out" / "adapter")
+    with pytest.raises(ValueError, match="adapter: expected a new folder for the adapter, there is one already"):
+        call()
+
+
+def test_images_outside_their_folder_are_taken_only_where_asked(call, data, tmp_path):
+    entries = json.loads(data[0].read_text())
+    (tmp_path / "images").mkdir()
+    for name in (str(data[1] / "0.png"), f"../{data[1].name}/0.png"):
+        (tmp_path / "data.json").write_text(json.dumps([{**entry, "image": name} for entry in entries]))
+        options = {"data": tmp_path / "data.json", "images": data[1], "max-steps": 1}
+        with pytest.raises(ValueError, match=r"entry 0 .*: expected 'image' inside the image folder, got "):
+            call(**options)
+    assert call("--images-anywhere", **options) == 0
 
 
 def test_hf_prefix_tuning_refuses_gradient_checkpointing(call, tmp_path):

@@ -1,16 +1,23 @@
 import json
+import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmpeft_fast import LoRA, add_peft, fuse
+from mmpeft_fast.atomic import exclusive
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX
 from mmpeft_fast.train import TrainConfig, seed_everything, train
 from mmpeft_fast.train.log import LOG
-from mmpeft_fast.train.state import PARAMETERS
+from mmpeft_fast.train.state import PARAMETERS, _digest
 
 CONFIG = TrainConfig(learning_rate=1e-2, global_batch_size=4, batch_size=2, max_steps=6, save_every=2, warmup_ratio=0.0)
 
@@ -119,19 +126,21 @@ def test_only_trainable_parameters_change_and_are_saved(run, make_model, tmp_pat
         assert torch.equal(value, model.get_parameter(name))
 
 
-def test_interrupt_saves_after_the_step_and_resumes(run, collator, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_asked_for_end_saves_after_the_step_and_resumes(run, collator, tmp_path, number):
     _, full = run(output=None)
     calls = []
 
     def interrupting(batch):
         calls.append(batch)
         if len(calls) == 7:  # the batch after step 3 is collated while that step runs
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return collator(batch)
 
-    before = signal.getsignal(signal.SIGINT)
+    interrupting.settings = collator.settings  # the same collator otherwise, so the same run
+    before = signal.getsignal(number)
     _, result = run(collator=interrupting)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert (result.interrupted, result.steps, result.checkpoint.name) == (True, 3, "checkpoint-000003")
     _, rest = run(resume=True)
     assert not rest.interrupted
@@ -176,9 +185,9 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(run, make_model, 
         run(replace(CONFIG, max_steps=2), dataset=samples[:7], resume=True)
     frozen = make_model()
     frozen.lm_head.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"trainable parameters, got \d+; they differ in lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"model\.trained_values \d+ \(now \d+\), model\.weights '\w+' \(now '\w+'\)$"):
         run(replace(CONFIG, max_steps=2), model=frozen, resume=True)
-    with pytest.raises(ValueError, match=r"as \(16,\) torch\.float64, got \(16,\) torch\.float32"):
+    with pytest.raises(ValueError, match=r"model\.dtype \['float32'\] \(now \['float64'\]\)$"):
         run(replace(CONFIG, max_steps=2), dtype=torch.float64, resume=True)
     weights = result.checkpoint / PARAMETERS
     weights.write_bytes(weights.read_bytes()[:100])
@@ -187,6 +196,108 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(run, make_model, 
     (result.checkpoint / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state\.json cannot be read"):
         run(replace(CONFIG, max_steps=2), resume=True)
+
+
+@pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.pt", "state.json"])
+def test_one_changed_byte_of_a_checkpoint_is_found(run, tmp_path, file):
+    _, result = run(replace(CONFIG, max_steps=2))
+    content = bytearray((result.checkpoint / file).read_bytes())
+    digit = next(place for place in range(len(content) // 2, len(content)) if chr(content[place]) in "123456789")
+    content[digit] -= 1
+    (result.checkpoint / file).write_bytes(content)
+    with pytest.raises(ValueError, match="has changed since it was written"):
+        run(replace(CONFIG, max_steps=2), resume=True)
+
+
+@pytest.mark.parametrize("step", [-5, 10**9, 1, "2", None])
+def test_a_position_that_no_run_reaches_is_refused(run, tmp_path, step):
+    """Even where the digest is right, as if a program had written it."""
+    _, result = run(replace(CONFIG, max_steps=2))
+    path = result.checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    state["position"]["step"] = step
+    state["digest"] = _digest(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"expected the (position|step) of"):
+        run(replace(CONFIG, max_steps=2), resume=True)
+
+
+def test_a_damaged_log_row_is_named(run, tmp_path):
+    run(replace(CONFIG, max_steps=2))
+    log = tmp_path / "out" / LOG
+    log.write_text(log.read_text().replace('"step": 1', '"step": null'))
+    with pytest.raises(ValueError, match=r"train_log\.jsonl line 1: step: expected an integer of at least 1, got None"):
+        run(replace(CONFIG, max_steps=2), resume=True)
+
+
+def test_leftovers_and_older_checkpoints_go_with_the_next_run(run, tmp_path):
+    run(replace(CONFIG, max_steps=5, keep_checkpoints=9))
+    for name in (".checkpoint-000009.abcdefgh", ".result.json.abcdefgh", ".adapter.old", ".mine.abcdefgh"):
+        (tmp_path / "out" / name).mkdir()
+    (tmp_path / "out" / "adapter").mkdir()
+    run(replace(CONFIG, max_steps=5, keep_checkpoints=2), resume=True)
+    names = {"checkpoint-000004", "checkpoint-000005", LOG, ".mine.abcdefgh", "adapter"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_two_runs_in_one_folder_are_kept_apart(run, tmp_path):
+    """Another process holds the lock; when it is killed, its lock is gone, whatever file it left."""
+    run(replace(CONFIG, max_steps=2))
+    code = "import sys, time, pathlib; from mmpeft_fast.atomic import exclusive\n"
+    code += "with exclusive(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        before = (tmp_path / "out" / LOG).read_bytes()
+        with pytest.raises(ValueError, match=f"expected no other run at work in it, process {other.pid} is"):
+            run(replace(CONFIG, max_steps=2), resume=True)
+        assert (tmp_path / "out" / LOG).read_bytes() == before
+        other.kill()
+    assert (tmp_path / "out" / ".lock").exists()
+    run(replace(CONFIG, max_steps=2), resume=True)
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_forked_worker_does_not_hold_its_parents_lock(tmp_path):
+    with exclusive(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+    try:
+        with exclusive(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path):
+    """A bound on the size of files stands for it: the system refuses to write on in the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _, result = run(replace(CONFIG, max_steps=1))
+    size = (result.checkpoint / PARAMETERS).stat().st_size  # the optimizer's file is twice as large
+    for file in (PARAMETERS, "optimizer.pt"):
+        with pytest.raises(OSError, match=r"cannot be written .*; what was saved before is whole") as caught:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2 if file == PARAMETERS else size, limits[1]))
+            try:
+                run(replace(CONFIG, max_steps=6), output=tmp_path / file)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.filename.endswith(file)
+        assert [path.name for path in (tmp_path / file).iterdir()] == [LOG]
+
+
+@pytest.mark.parametrize("name", [LOG, "checkpoint-000001"])
+def test_what_stands_in_the_way_is_found_before(run, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    if name == LOG:
+        (tmp_path / "out" / name).mkdir()
+    else:
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name}: expected a|expected a folder without a run"):
+        run(resume=name == LOG)
+    with pytest.raises(ValueError, match="got the root of the file system"):
+        run(output="/")
+    with pytest.raises(ValueError, match="expected a folder for the output, got a file"):
+        run(output=Path(__file__) / "below")
 
 
 def test_a_log_line_cut_short_is_dropped_on_resume(run, tmp_path):

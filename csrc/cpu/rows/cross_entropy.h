@@ -70,7 +70,7 @@ void cross_entropy(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
     const float target = is_kept ? load(logits + label, First{1})[0] : 0.0f;
     args.losses[row] = is_kept ? lse - target : 0.0f;
     if (!args.need_grad) continue;
-    const float weight = (is_kept ? 1.0f : 0.0f) / args.count;
+    const float weight = is_kept ? 1.0f / args.count : 0.0f;  // a count of 0, with every row ignored, is no nan
     const int64_t next_row = row + 1 < end ? args.logits.stride : 0;
     for_columns(0, args.num_words, [&](int64_t k, auto part) {
       // The next row's maximum and sum would wait for memory, which is idle now.
