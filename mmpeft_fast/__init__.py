@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "add_peft": "peft_model",
     "FuseCallback": "hf_trainer",
+    "as_unfused": "verify",
+    "compare": "verify",
     "fuse": "peft_model",
     "fuse_report": "fusion",
     "is_fused": "peft_model",

@@ -1,15 +1,17 @@
 """What of a model is fused, what is not, and why: read from the model as it stands, so it is never out of date."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mmpeft_fast import hf_peft
+from mmpeft_fast.layers.causal_lm import why_not_known
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.graphless import marked_modules
 from mmpeft_fast.layers.reading import read_layer
 from mmpeft_fast.layers.sites import Unfusable, check_forward, read_norm
 from mmpeft_fast.models import Family, base_model, family_of
@@ -46,6 +48,8 @@ class FuseReport:
     """`print` it: a table of parts, how many of each are fused, and what stays as it was and why."""
 
     parts: tuple[Part, ...]
+    verified: str | None = None
+    """What comparing the model with itself unfused has found, where that was asked for."""
 
     @property
     def kept(self) -> dict[str, str]:
@@ -68,7 +72,8 @@ class FuseReport:
             lines = [f"{_named(fqns)}: {reason}" for reason, fqns in _by_reason(part.kept)] or [""]
             rows += [(part.name, fused, lines[0]), *(("", "", line) for line in lines[1:])]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows)
+        lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows]
+        return "\n".join(lines if self.verified is None else [*lines, f"against the unfused model: {self.verified}"])
 
 
 def _by_reason(kept: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
@@ -89,9 +94,8 @@ def fuse_report(model: nn.Module) -> FuseReport:
         found = candidates(model, family_of(base))
     except ValueError as error:
         return report_of([Candidate("model", type(base).__name__, base, str(error))])
-    return report_of(
-        [seen._replace(reason=seen.reason or (None if is_swapped(seen.module) else _NOT_YET)) for seen in found]
-    )
+    found = [seen._replace(reason=seen.reason or (None if is_swapped(seen.module) else _NOT_YET)) for seen in found]
+    return replace(report_of(found), verified=base.__dict__.get("verified"))
 
 
 def report_of(found: list[Candidate]) -> FuseReport:
@@ -112,8 +116,8 @@ def candidates(model: nn.Module, family: Family) -> list[Candidate]:
         Candidate("decoder layers", names[id(layer)], layer, _why_no_layer(layer, paths, layers)) for layer in layers
     ]
     found.append(Candidate("final norm", names[id(norm)], norm, _why_no_norm(norm)))
-    found.append(Candidate("head and loss", type(base).__name__, base, _reason(base)))
-    for module in family.modules_at(base, family.vision_tower):
+    found.append(Candidate("head and loss", type(base).__name__, base, _why_no_head(base)))
+    for module in marked_modules(family.modules_at(base, family.vision_tower), base):
         found.append(Candidate("vision tower", names[id(module)], module, _reason(module)))
     if hf_peft.has_prefix(model):
         found.append(Candidate(PREFIX, type(model).__name__, model, _why_no_prefix(found, family.full_attention(base))))
@@ -142,12 +146,19 @@ def _why_no_layer(layer: nn.Module, paths: DecoderPaths, layers: list[nn.Module]
     return _reason(layer, lambda layer: read_layer(layer, paths))
 
 
+def _why_no_head(model: nn.Module) -> str | None:
+    return model.__dict__.get("refused") or why_not_known(model)
+
+
 def _why_no_norm(norm: nn.Module) -> str | None:
     return _reason(norm, lambda norm: read_norm(norm, is_called=True))
 
 
 def _reason(module: nn.Module, read: Callable[[nn.Module], object] | None = None) -> str | None:
-    """Why a module cannot be given a fused class, or None. What wraps a fused class's forward later is no reason."""
+    """Why a module cannot be given a fused class, or None. What wraps a fused class's forward later is no reason; what
+    was seen to compute something else is."""
+    if "refused" in module.__dict__:
+        return module.refused
     try:
         if not is_swapped(module):
             check_forward(module)

@@ -1,6 +1,8 @@
 """HF PEFT's layers as the fused ops take them."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import peft
 import torch
@@ -8,10 +10,12 @@ from peft import PrefixTuningConfig
 from peft.tuners.ia3 import Linear as PeftIA3Linear
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft_fast.layers.class_swap import Swapped, swap_class
-from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.causal_lm import asks_for
+from mmpeft_fast.layers.class_swap import Swapped, is_swapped, swap_class
+from mmpeft_fast.layers.prefix import CallPrefix
+from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.layers.sites import (
     LinearSite,
     NormSite,
@@ -87,70 +91,70 @@ def register_readers() -> None:
 
 
 class _PeftPrefix:
-    """The prefix of a PeftModel for one forward pass; `active` while its own forward runs, when no cache holds it."""
+    """The prefix of a PeftModel while its own forward runs, and nothing at any other time: it goes to the layers with
+    the call's arguments, which activation checkpointing keeps for the recomputation."""
 
     def __init__(self):
-        self.flat: Tensor | None = None
-        self.shape: tuple[int, ...] = ()
-        self.active = False
+        self.of_call: CallPrefix | None = None
 
-    def prepare(self, model: peft.PeftModel) -> None:
+    @contextlib.contextmanager
+    def handed_over(self, model: peft.PeftModel) -> Iterator[None]:
         config = model.active_peft_config
         encoder = model.prompt_encoder[model.active_adapter]
         if config.inference_mode:
-            self.flat = encoder.embedding.weight
+            flat = encoder.embedding.weight
         else:
             tokens = model.prompt_tokens[model.active_adapter][: config.num_virtual_tokens]
-            self.flat = encoder(tokens[None].to(encoder.embedding.weight.device))[0]
+            flat = encoder(tokens[None].to(encoder.embedding.weight.device))[0]
         head_dim = config.token_dim // config.num_attention_heads
-        self.shape = (config.num_layers, 2, config.num_attention_heads, head_dim)
+        self.of_call = CallPrefix(flat, (config.num_layers, 2, config.num_attention_heads, head_dim))
+        try:
+            yield
+        finally:
+            self.of_call = None
+
+    def to_layers(self, _, args, kwargs):
+        """The decoder's forward pre-hook: what it does not know it hands to its layers."""
+        return args, kwargs if self.of_call is None else {**kwargs, "prefix": self.of_call}
 
     def shift_positions(self, _, args, kwargs):
-        if self.active:
+        """The rotary embedding's forward pre-hook."""
+        if self.of_call is not None:
             kwargs = {"position_ids": args[1], **kwargs} if len(args) > 1 else kwargs
-            kwargs["position_ids"] = kwargs["position_ids"] + self.flat.shape[0]
+            kwargs["position_ids"] = kwargs["position_ids"] + self.of_call.flat.shape[0]
             args = args[:1]
         return args, kwargs
 
     def __getstate__(self):
-        return {**self.__dict__, "flat": None}
-
-
-class _PeftPrefixSlice:
-    """One layer's prefix."""
-
-    def __init__(self, prefix: _PeftPrefix, layer_idx: int):
-        self.prefix, self.layer_idx = prefix, layer_idx
-
-    @property
-    def lives_in_cache(self) -> bool:
-        """Generation through HF PEFT puts the prefix into the cache; the fused forward pass does not."""
-        return not self.prefix.active
-
-    @property
-    def needs_fused_layers(self) -> bool:
-        """Whether a layer that ran its own forward now would miss the prefix."""
-        return self.prefix.active
-
-    def __call__(self) -> tuple[Tensor, Tensor] | None:
-        if self.prefix.flat is None:
-            return None
-        pair = self.prefix.flat.unflatten(1, self.prefix.shape)[:, self.layer_idx]  # [P, 2, HK, DH]
-        return pair[:, 0].transpose(0, 1), pair[:, 1].transpose(0, 1)
+        return {"of_call": None}
 
 
 class _FusedPeftPrefixModel(Swapped):
-    """Mixin for a PeftModel with prefix-tuning: hands the prefix to attention instead of building a cache from it."""
+    """Mixin for a PeftModel with prefix-tuning: hands the prefix to attention instead of building a cache from it.
+
+    Its own forward runs where a cache is wanted, where it drops arguments (positions), and where a layer is not fused.
+    """
 
     def forward(self, *args, **kwargs):
-        prefix = self.fused_prefix
-        prefix.prepare(self)
-        prefix.active = True
-        try:
-            kwargs.pop("task_ids", None)
-            return self.base_model(*args, **kwargs)
-        finally:
-            prefix.active = False
+        if args or not self._can_hand_over(kwargs):
+            return super().forward(*args, **kwargs)
+        kwargs.pop("task_ids", None)
+        with self.fused_prefix.handed_over(self):
+            return self.base_model(**kwargs)
+
+    def _can_hand_over(self, kwargs) -> bool:
+        use_cache, mask = kwargs.get("use_cache"), kwargs.get("attention_mask")
+        if use_cache or (use_cache is None and not self.training):
+            return False
+        if any(kwargs.get(name) is not None for name in ("position_ids", "token_type_ids", "past_key_values")):
+            return False
+        if not has_prefix(self) or (mask is not None and mask.dim() != 2):
+            return False
+        base = self.get_base_model()
+        if asks_for(base, "output_attentions", kwargs):  # layers of their own see a prefix in a cache alone
+            return False
+        paths, decoder = base.paths, base.get_submodule(base.decoder_path)
+        return all(is_swapped(layer) and is_fused(layer, paths) for layer in paths.layers_of(decoder))
 
 
 def has_prefix(model: nn.Module) -> bool:
@@ -158,23 +162,22 @@ def has_prefix(model: nn.Module) -> bool:
     return isinstance(model, peft.PeftModel) and isinstance(model.active_peft_config, PrefixTuningConfig)
 
 
-def fuse_prefix(model: nn.Module, decoder: nn.Module, paths: DecoderPaths) -> None:
+def fuse_prefix(model: nn.Module, decoder: nn.Module) -> None:
     """Fuses the prefix of a PeftModel; anything else is left alone."""
     if not has_prefix(model) or "fused_prefix" in model.__dict__:
         return
-    model.fused_prefix = _PeftPrefix()
-    hook = decoder.rotary_emb.register_forward_pre_hook(model.fused_prefix.shift_positions, with_kwargs=True)
-    model.fused_prefix_hook = hook
-    for layer_idx, layer in enumerate(paths.layers_of(decoder)):
-        paths.attention_of(layer).prefix = _PeftPrefixSlice(model.fused_prefix, layer_idx)
+    prefix = model.fused_prefix = _PeftPrefix()
+    model.fused_prefix_hooks = [
+        decoder.register_forward_pre_hook(prefix.to_layers, with_kwargs=True),
+        decoder.rotary_emb.register_forward_pre_hook(prefix.shift_positions, with_kwargs=True),
+    ]
     swap_class(model, _FusedPeftPrefixModel)
 
 
-def unfuse_prefix(model: nn.Module, decoder: nn.Module, paths: DecoderPaths) -> None:
+def unfuse_prefix(model: nn.Module) -> None:
     """Undoes `fuse_prefix`, but for the class of the PeftModel."""
     if "fused_prefix" not in model.__dict__:
         return
-    model.fused_prefix_hook.remove()
-    for layer in paths.layers_of(decoder):
-        del paths.attention_of(layer).prefix
-    del model.fused_prefix, model.fused_prefix_hook
+    for hook in model.fused_prefix_hooks:
+        hook.remove()
+    del model.fused_prefix, model.fused_prefix_hooks

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from mmpeft_fast.atomic import new_folder, recover
 from mmpeft_fast.carried import drop_peft, forget_method, read_carried
 from mmpeft_fast.hf_peft import register_readers
-from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
 from mmpeft_fast.layers.peft_norm import WideGain
 from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
-from mmpeft_fast.methods import Adapter, Prefix
+from mmpeft_fast.methods import Prefix
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.peft_model import unfuse
@@ -88,12 +88,28 @@ def _of_added(model: nn.Module) -> list[_Fold]:
         raise ValueError(f"merge_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
     if isinstance(carried.method, Prefix):
         raise ValueError(f"merge_peft: {_PREFIX}")
-    if isinstance(carried.method, Adapter):
-        raise ValueError(
-            "merge_peft: an Adapter cannot be merged: its bottleneck is not linear, or lies before or after the layer"
-        )
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, PeftLinear)]
+    for name, linear in linears:
+        for branch in linear.branches:
+            _check_foldable(name, branch)
     return [_Fold(name, linear, LinearSite(linear.segment(), linear.in_scale)) for name, linear in linears]
+
+
+def _check_foldable(name: str, branch: nn.Module) -> None:
+    """Raises ValueError unless a branch is s U D beside the layer."""
+    if type(branch) is not Bottleneck:
+        raise ValueError(f"merge_peft: {name} has a branch of type {type(branch).__name__}, which may be no linear one")
+    plan = branch.plan
+    if plan.activation != "identity":
+        raise ValueError(
+            f"merge_peft: {name} has a branch that cannot be merged: {plan.activation} makes it nonlinear; "
+            "expected activation 'identity'"
+        )
+    if plan.position != "parallel":
+        raise ValueError(
+            f"merge_peft: {name} has a branch that cannot be merged: its position is {plan.position!r}; "
+            "expected 'parallel'"
+        )
 
 
 def _of_peft_model(model: PeftModel) -> list[_Fold]:

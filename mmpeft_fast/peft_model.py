@@ -6,6 +6,8 @@ unfuse(model)             back to what it was
 """
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -13,16 +15,18 @@ from mmpeft_fast import hf_peft
 from mmpeft_fast.fusion import PREFIX, candidates, report_of
 from mmpeft_fast.layers.causal_lm import FusedCausalLM
 from mmpeft_fast.layers.class_swap import is_swapped, own_class, restore_class, swap_class
-from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm, Graphless
+from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
+from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
-from mmpeft_fast.layers.stacked_weights import owners, stack_linears
+from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
+from mmpeft_fast.verify import HEAD, Comparison, compare
 
-__all__ = ["add_peft", "fuse", "is_fused", "study_method", "unfuse"]
+__all__ = ["add_peft", "fuse", "is_fused", "study_method", "takes_hints", "unfuse", "verify_fused"]
 
 _FUSED_CLASSES = {
     "decoder layers": FusedDecoderLayer,
@@ -33,6 +37,7 @@ _FUSED_CLASSES = {
 # Attributes that fuse puts on modules; unfuse removes them.
 _FUSE_ATTRIBUTES = (
     "cache_idx",
+    "decoder_path",
     "full_attention",
     "has_own_forward",
     "is_tail",
@@ -40,9 +45,14 @@ _FUSE_ATTRIBUTES = (
     "output_class",
     "paths",
     "reading",
+    "refused",
     "said",
     "sparse_last_layer",
+    "tower",
+    "verified",
 )
+# What running a model on a batch raises where model and batch do not fit.
+_UNRUNNABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False) -> nn.Module:
@@ -150,7 +160,9 @@ def _add_prefix(decoder: nn.Module, family: Family, plan: Plan) -> None:
     attach_prefix(decoder, attentions, encoder)
 
 
-def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module, *, keep_logits: bool = False, strict: bool = False, verify: bool | Mapping[str, Any] = False
+) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
     No parameter is created, replaced or renamed. Weights that share an input (q, k, v; gate, up) become rows of one
@@ -165,14 +177,16 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
             has prepared. Any device, `meta` and fake tensors too.
         keep_logits: training forward passes return full logits.
         strict: what cannot be fused is an error, and the model is then unchanged.
+        verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or
+            a training batch with labels.
 
     Returns:
         The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits` of the last call
         counts.
 
     Raises:
-        ValueError: not a module; with `strict`, something cannot be fused; a publisher's model (Qwen-VL) with a layer
-            that cannot be.
+        ValueError: not a module; with `strict`, something cannot be fused or computes something else; a publisher's
+            model (Qwen-VL) with a layer that cannot be.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"fuse: expected a model, got {type(model).__name__}")
@@ -208,30 +222,105 @@ def fuse(model: nn.Module, *, keep_logits: bool = False, strict: bool = False) -
     for seen in found:
         if seen.reason is None and seen.part in _FUSED_CLASSES:
             swap_class(seen.module, _FUSED_CLASSES[seen.part])
+            if seen.part == "vision tower":
+                seen.module.tower = tuple(family.modules_at(base, family.vision_tower))
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
+        base.paths, base.decoder_path = paths, family.decoder
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
     if any(seen.part == PREFIX and seen.reason is None for seen in found):
-        hf_peft.fuse_prefix(model, decoder, paths)
+        hf_peft.fuse_prefix(model, decoder)
+    if verify is not False:
+        verify_fused(model, None if verify is True else verify, strict=strict)
     return model
+
+
+def verify_fused(model: nn.Module, batch: Mapping[str, Any] | None = None, *, strict: bool = False) -> None:
+    """Compares a fused model with itself unfused (`verify.compare`) and unfuses what differs, with one warning.
+
+    What was found stays in `fuse_report(model)` until `unfuse(model)`, also that nothing could be compared and why: the
+    model is then fused as before. Nothing else about the model changes, nor do torch's generators.
+
+    Args:
+        model: a fused model, or what HF PEFT wraps around one; of another nothing is said.
+        batch: a training batch with labels; a few tokens do. None: made for the model.
+        strict: what differs is an error, and the model is then unfused.
+
+    Raises:
+        ValueError: with `strict`, something differs.
+    """
+    if not is_fused(model):
+        return
+    base, reasons = base_model(model), {}
+    for is_last in (False, True):  # what was alone to differ is unfused; if that does not mend it, everything is
+        try:
+            found = compare(model, batch)
+        except _UNRUNNABLE as error:
+            base.verified = f"not compared: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            break
+        base.verified = found.summary()
+        if found.differing and strict:
+            unfuse(model)
+            raise ValueError(f"fuse: {found.differing[0].layer}, {found.differing[0]}")
+        if found.differing:
+            reasons |= _refuse(model, found, everything=is_last)
+        if not found.differing or not is_fused(model):
+            break
+    if reasons:
+        base.verified = f"{len(reasons)} modules computed something else and run unfused"
+        more = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        warnings.warn(f"fuse: {base.verified}: {more}", stacklevel=3)
+
+
+def _refuse(model: nn.Module, found: Comparison, *, everything: bool) -> dict[str, str]:
+    """Unfuses what differs; why, by dotted name. What is not a module's own (a prefix, embeddings) is all layers'."""
+    base, family = base_model(model), family_of(base_model(model))
+    fused = {seen.fqn: seen for seen in candidates(model, family) if is_swapped(seen.module)}
+    reasons: dict[str, str] = {}
+    for row in found.differing:
+        name = type(base).__name__ if row.part == HEAD else row.layer
+        everything = everything or name not in fused
+        reasons.setdefault(name, f"verify: {row}")
+    is_whole = not issubclass(own_class(base), family.model_class) or hf_peft.has_prefix(model)
+    if everything or is_whole:  # a publisher's layers, and a prefix of HF PEFT, are fused together or not at all
+        first = next(iter(reasons.values()))
+        reasons = {name: reasons.get(name, first) for name in fused}
+        earlier = [(module, module.refused) for module in model.modules() if "refused" in module.__dict__]
+        unfuse(model)
+        for module, reason in earlier:
+            module.refused = reason
+    for name, reason in reasons.items():
+        _unfuse_module(fused[name].module)
+        fused[name].module.refused = reason
+    if is_swapped(base) and not is_swapped(family.layers_of(base)[-1]):
+        base.sparse_last_layer = False
+    return reasons
+
+
+def _unfuse_module(module: nn.Module) -> None:
+    restore_class(module)
+    for name in _FUSE_ATTRIBUTES:
+        module.__dict__.pop(name, None)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
-    base = base_model(model)
-    if is_fused(model):
-        family = family_of(base)
-        hf_peft.unfuse_prefix(model, family.decoder_of(base), family.paths)
+    hf_peft.unfuse_prefix(model)
     for module in model.modules():
-        if is_swapped(module):
-            restore_class(module)
-            for name in _FUSE_ATTRIBUTES:
-                module.__dict__.pop(name, None)
+        if is_swapped(module) or "refused" in module.__dict__:
+            _unfuse_module(module)
+    unstack(model)
+    base_model(model).__dict__.pop("verified", None)
     return model
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether `fuse` has changed anything in the model."""
     return any(is_swapped(module) for module in base_model(model).modules())
+
+
+def takes_hints(model: nn.Module) -> bool:
+    """Whether the model's forward knows the keywords of `FusedCausalLM` that spare host synchronisations."""
+    return is_swapped(base_model(model))

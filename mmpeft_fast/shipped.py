@@ -17,11 +17,15 @@ import peft
 import torch
 import transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from peft.tuners.ia3 import Linear as PeftIA3Linear
+from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.fusion import candidates
 from mmpeft_fast.layers import known
+from mmpeft_fast.layers.causal_lm import called_parts
 from mmpeft_fast.models import FAMILIES, Family, empty_model
 
 _LINEARS = r".*\.(q|k|v|o|gate|up|down)_proj"
@@ -43,8 +47,13 @@ def learn() -> dict[str, dict[str, list[str]]]:
     )
     with known.learning() as learnt:
         known.judge_class(nn.SiLU, "silu")
+        for kind in (PeftLoraLinear, PeftIA3Linear, ModulesToSaveWrapper, nn.ModuleDict, nn.Identity, nn.Dropout):
+            known.judge_class(kind, "head")
         for family in FAMILIES.values():
-            candidates(_model(family), family)
+            model = _model(family)
+            candidates(model, family)
+            for module, role in called_parts(model, family.decoder_of(model)):
+                known.judge_class(type(module), role)
         llama = FAMILIES["llama"]
         for config in configs:
             candidates(get_peft_model(_model(llama), config), llama)

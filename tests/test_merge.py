@@ -149,7 +149,7 @@ def test_several_active_adapters():
 @pytest.mark.parametrize(
     "method, message",
     [
-        (Adapter(bottleneck=3), "an Adapter cannot be merged: its bottleneck is not linear"),
+        (Adapter(bottleneck=3), "has a branch that cannot be merged: tanh makes it nonlinear"),
         (Prefix(num_virtual_tokens=3), "a prefix cannot be merged: its keys and values stand beside"),
     ],
 )

@@ -1,4 +1,5 @@
 // Torch entries of the CUDA kernels. All tensors are on one GPU; matrices have unit column stride and any row stride.
+// What is wrong is noted in the status (check_cuda.h); the results count where it is ok.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,20 +11,22 @@
 namespace mmpeft::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
+struct Status;
 
 // out [M, N] = (s z U + x W (+ bias)) (* scale) (+ residual) in x's dtype, float16 or bfloat16; compute capability 9.0.
 // transposed: weight [N, K], z [M, sum of ranks], u [N, R] with the ranks' columns used; else weight [K, N], u [R, N]
 // and one segment. x, weight, z, u, residual and out are 16-byte aligned with rows of whole 16 bytes, segments but the
 // last have a multiple of 64 columns, and ranks before the last are multiples of 8. residual may be out.
-void lowrank_gemm_out(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& z, const OptionalTensor& u,
-                      double scaling, at::IntArrayRef num_outs, at::IntArrayRef ranks, bool transposed,
-                      const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& residual,
-                      at::Tensor& out);
+std::tuple<> lowrank_gemm_out(Status& status, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& z,
+                              const OptionalTensor& u, double scaling, at::IntArrayRef num_outs, at::IntArrayRef ranks,
+                              bool transposed, const OptionalTensor& bias, const OptionalTensor& scale,
+                              const OptionalTensor& residual, at::Tensor& out);
 
 // (da [M, sum of ranks] in dy's dtype, du [N, R] in u's dtype), undefined where not asked for. dy [M, N], a [M, sum of
 // ranks] in float16 or bfloat16, u [N, R] in any float dtype; compute capability 8.0 and newer.
-std::tuple<at::Tensor, at::Tensor> dy_pass(const at::Tensor& dy, const at::Tensor& a, const at::Tensor& u,
-                                           at::IntArrayRef num_outs, at::IntArrayRef ranks, double scaling,
+std::tuple<at::Tensor, at::Tensor> dy_pass(Status& status, const at::Tensor& dy, const at::Tensor& a,
+                                           const at::Tensor& u, at::IntArrayRef num_outs, at::IntArrayRef ranks,
+                                           double scaling,
                                            std::string_view activation, bool need_da, bool need_du);
 
 // (h [M, K], rstd [M], a [M, R], z = f(a) [M, R]), undefined where there is none, where write_h is false, where rstd is
@@ -31,14 +34,14 @@ std::tuple<at::Tensor, at::Tensor> dy_pass(const at::Tensor& dy, const at::Tenso
 // dtype; a given rstd [M] float32 is used instead of computed; seed: 0-dim int64 on the GPU, none without dropout.
 // Compute capability 8.0 and newer.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prologue(
-    std::string_view name, const at::Tensor& x, const OptionalTensor& up, const OptionalTensor& gain, double eps,
-    const OptionalTensor& in_scale, const OptionalTensor& rstd, const OptionalTensor& down, std::string_view activation,
-    const OptionalTensor& seed, double p, int64_t stream, bool write_h);
+    Status& status, std::string_view name, const at::Tensor& x, const OptionalTensor& up, const OptionalTensor& gain,
+    double eps, const OptionalTensor& in_scale, const OptionalTensor& rstd, const OptionalTensor& down,
+    std::string_view activation, const OptionalTensor& seed, double p, int64_t stream, bool write_h);
 
 // (dgain [K], din_scale [K]), undefined where not asked for; writes dx and dup [M, K] where given. dh [M, K] is
 // overwritten by rms_norm, and may be dx. da [M, R] with down, seed, p and stream: dh += mask (da D) / keep.
 std::tuple<at::Tensor, at::Tensor> prologue_backward(
-    std::string_view name, at::Tensor& dh, const OptionalTensor& x, const OptionalTensor& up,
+    Status& status, std::string_view name, at::Tensor& dh, const OptionalTensor& x, const OptionalTensor& up,
     const OptionalTensor& gain, const OptionalTensor& in_scale, const OptionalTensor& rstd, const OptionalTensor& da,
     const OptionalTensor& down, const OptionalTensor& seed, double p, int64_t stream, const OptionalTensor& dresidual,
     const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dup, bool need_dgain, bool need_din_scale);

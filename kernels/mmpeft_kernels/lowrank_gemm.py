@@ -35,7 +35,7 @@ def default_tile(arch: int | str, itemsize: int, *, use_tma: bool = True) -> Gem
     """The tile for `tile.architecture` and elements of `itemsize` bytes; use_tma=False where the operands cannot take
     tensor descriptors."""
     if itemsize > 2:  # exact float32 products do not run on tensor cores
-        return GemmTile(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=2)
+        return GemmTile(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2)
     if isinstance(arch, str):  # AMD: 64 threads a warp, 64 KiB of shared memory
         return GemmTile(block_m=128, block_n=128, block_k=64, num_warps=4, num_stages=2)
     if arch < 90 or not use_tma:

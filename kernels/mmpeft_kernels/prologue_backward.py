@@ -24,9 +24,10 @@ from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 MAX_BLOCK_R = 64
 
 
-def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
+def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = False) -> Tile:
     """Blocks for `rank` columns of da (0 for none): few rows, wider where D is read again for more ranks. Fastest on an
-    H200 over the calls of a layer, at ranks 16 and 128; AMD's is unmeasured."""
+    H200 over the calls of a layer, at ranks 16 and 128; AMD's is unmeasured. wide: D is float32 under narrower
+    operands, whose cast takes registers: more threads hold a tile, so that nothing spills."""
     if rank == 0:
         return Tile(block_m=16, block_n=128, num_warps=8)
     if itemsize > 2:
@@ -35,7 +36,7 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
         return Tile(block_m=32, block_n=64, num_warps=4)
     if padded_rank(rank) > 64:
         return Tile(block_m=16, block_n=256, num_warps=4)
-    return Tile(block_m=32, block_n=128, num_warps=4)
+    return Tile(block_m=32, block_n=128, num_warps=8 if wide else 4)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])
@@ -189,7 +190,7 @@ def prologue_backward(
     arch, itemsize = architecture(dh.device), dh.element_size()
     wide = rank > 0 and down.element_size() > itemsize
     footprint = Footprint("prologue_backward", arch, itemsize, block_r if rank else 0, name, wide=wide)
-    dgain, din_scale = fitted(footprint, tile or default_tile(rank, itemsize, arch), dh.device, attempt)
+    dgain, din_scale = fitted(footprint, tile or default_tile(rank, itemsize, arch, wide=wide), dh.device, attempt)
     return PrologueGrads(
         dx,
         dup,

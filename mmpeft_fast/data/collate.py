@@ -31,8 +31,8 @@ class Collator:
 
     processor: a multimodal processor with a chat template, a fast tokenizer and an `image_token`; for models of text
     alone a fast tokenizer with a chat template. padding_side: "right" or "left". max_length: longer samples are cut at
-    the end, see `__call__`. loss: "answers", or "publisher", which is the same but where the processor knows more
-    (`publisher_loss`): Qwen-VL-Chat's fine-tuning and the study's count the turns' markers too.
+    the end, see `__call__`. loss: "answers", or "publisher", which is the same but where the processor makes ids and
+    both masks itself (`encode_chat`): Qwen-VL-Chat's fine-tuning and the study's count the turns' markers too.
 
     Where the chat template ends an answer without any special token (LLaVA-1.5's published one does), the tokenizer's
     end-of-sequence token is added, as the study's Vicuna template has it: else no model could learn to stop.
@@ -63,9 +63,9 @@ class Collator:
         self.padding_side = padding_side
         self.max_length = max_length
         self.loss = loss
-        self._more_loss = getattr(processor, "publisher_loss", None) if loss == "publisher" else None
+        self._encode_chat = getattr(processor, "encode_chat", None)
         self._is_text_only = processor is tokenizer
-        self._answer_end = self._missing_end_token()
+        self._answer_end = "" if self._encode_chat else self._missing_end_token()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Collate B samples into a batch.
@@ -75,26 +75,61 @@ class Collator:
         `image_grid_thw`), per token `mm_token_type_ids` [B, T] where the processor has them, and HOST_HINTS: the int
         `supervised_capacity`, the largest number of next-token targets of a sample, and the bool `right_padded`. Raises
         ValueError as `check` does, and for a sample whose image cannot be decoded, whose text holds an image
-        placeholder of its own, that keeps no answer within max_length, or whose image would be cut.
+        placeholder of its own, that keeps nothing that counts within max_length, or whose image would be cut. What
+        Qwen-VL-Chat's `loss="publisher"` counts begins with the first turn's markers, so a sample whose answers lie
+        behind max_length is kept there, as the publisher's fine-tuning keeps it; where answers alone count it is
+        refused.
         """
         self.check(samples)
+        rows, image_inputs = self._conversations(samples) if self._encode_chat else self._templated(samples)
+        for sample, row in zip(samples, rows, strict=True):
+            self._truncate(sample, row)
+        batch = self._pad(rows)
+        capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
+        hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
+        return {**batch, **image_inputs, **hints}
+
+    def _conversations(self, samples: Sequence[Sample]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Rows with labels and the images' inputs, by a processor that tokenises conversations itself."""
+        rows = []
+        for sample in samples:
+            chat = self._chat(sample, sample.messages())
+            input_ids = torch.tensor(chat.input_ids)
+            counted = torch.tensor(chat.publisher if self.loss == "publisher" else chat.answers)
+            labels = torch.where(counted, input_ids, IGNORE_INDEX)
+            rows.append({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels})
+        return rows, self._image_inputs(samples)
+
+    def _chat(self, sample: Sample, messages: list[dict], **options: Any) -> Any:
+        try:
+            chat = self._encode_chat(messages, **options)
+        except ValueError as error:
+            raise ValueError(f"{sample.source}: {error}") from error
+        token = self.processor.image_token
+        expected = int(sample.image is not None)
+        written = sum(part.get("text", "").count(token) for message in messages for part in message["content"])
+        if len(chat.paths) + written != expected:
+            raise ValueError(
+                f"{sample.source}: expected {expected} {token} in the templated text, found {len(chat.paths) + written}"
+            )
+        return chat
+
+    def _image_inputs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        images = [image for sample in samples if (image := sample.load_image()) is not None]
+        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+
+    def _templated(self, samples: Sequence[Sample]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        """Rows with labels and the images' inputs, by the chat template and character offsets."""
         texts, answer_spans = [], []
         for sample in samples:
             text, spans = self._render(sample)
             texts.append(text)
             answer_spans.append(spans)
         rows, image_inputs = self._tokenize(samples, texts)
-        for sample, text, row, spans in zip(samples, texts, rows, answer_spans, strict=True):
+        for text, row, spans in zip(texts, rows, answer_spans, strict=True):
             row["labels"] = self._labels(row, text, spans)
             row.pop("offset_mapping")
-            self._truncate(sample, row)
-            if self._more_loss is not None:
-                counted = self._more_loss(row["input_ids"], row["labels"] != IGNORE_INDEX)
-                row["labels"] = torch.where(counted, row["input_ids"], IGNORE_INDEX)
-        batch = self._pad(rows)
-        capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
-        hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
-        return {**batch, **image_inputs, **hints}
+        return rows, image_inputs
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,6 +164,13 @@ class Collator:
         processor has them. Raises ValueError as `__call__` does.
         """
         self.check([sample])
+        if self._encode_chat:
+            input_ids = torch.tensor([self._chat(sample, sample.messages()[:1], add_generation_prompt=True).input_ids])
+            return {
+                "input_ids": input_ids,
+                "attention_mask": torch.ones_like(input_ids),
+                **self._image_inputs([sample]),
+            }
         text = self._template(sample.messages()[:1], add_generation_prompt=True)
         self._check_placeholders(sample, text)
         rows, image_inputs = self._tokenize([sample], [text])
@@ -242,7 +284,7 @@ class Collator:
         return input_ids == self.processor.image_token_id
 
     def _truncate(self, sample: Sample, row: dict[str, torch.Tensor]) -> None:
-        """Cut the row's tensors at max_length in place, unless that would cut the image or every label."""
+        """Cut the row's tensors at max_length in place, unless that would cut the image or every target."""
         length = len(row["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return
@@ -253,11 +295,11 @@ class Collator:
                 f"{sample.source}: expected the image to end within max_length {self.max_length}, "
                 f"it ends at token {image_end} of {length}"
             )
-        labelled = (row["labels"] != IGNORE_INDEX).nonzero()
-        if int(labelled[0]) >= self.max_length:
+        first = 1 + int((row["labels"][1:] != IGNORE_INDEX).nonzero()[0])  # the first token is nobody's target
+        if first >= self.max_length:
             raise ValueError(
-                f"{sample.source}: expected an answer to begin within max_length {self.max_length}, "
-                f"the first begins at token {int(labelled[0]) + 1} of {length}"
+                f"{sample.source}: expected {'an answer' if self.loss == 'answers' else 'what counts'} to begin within "
+                f"max_length {self.max_length}, the first begins at token {first + 1} of {length}"
             )
         for name, value in row.items():
             row[name] = value[: self.max_length]

@@ -1,4 +1,4 @@
-"""A decoder layer as four fused linears around attention; also the classes that norms and vision modules take on.
+"""A decoder layer as four fused linears around attention; also the class that the final norm takes on.
 
 q, k, v, x   = fused_linear(x,  [q, k, v],    prologue=rms_norm, carry)             or one segment [qkv]
 o            = attention(q, k, v, rotation, scales, head norms, prefix)
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
-from mmpeft_fast.layers.reading import check_arguments, sites_of
+from mmpeft_fast.layers.prefix import CallPrefix
+from mmpeft_fast.layers.reading import Recorded, check_arguments, sites_of
 from mmpeft_fast.layers.sites import Unfusable, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
@@ -34,7 +35,8 @@ class FusedDecoderLayer(Swapped):
     attention); never in training, nor with head norms. `is_tail` marks the last layer: given `supervised_rows` [B, C]
     it computes queries (but those of a fused qkv), o, and the MLP at those positions only and returns [B, C, H]; keys
     and values are needed everywhere. `ignore_padding`: causality alone keeps padding out of every row that counts, so
-    the mask is not needed.
+    the mask is not needed. `prefix`: keys and values before the text's, where the call brings them; `attn.prefix` is
+    one that the model has for good.
 
     A layer that cannot be read at some call (an adapter of another kind was activated, a hook was put on a linear
     layer) runs its own forward there, and says so once; with `has_own_forward` false it raises.
@@ -56,6 +58,7 @@ class FusedDecoderLayer(Swapped):
         query_scale: Tensor | None = None,
         supervised_rows: Tensor | None = None,
         ignore_padding: bool = False,
+        prefix: CallPrefix | None = None,
         **kwargs,
     ) -> Tensor:
         x, paths = hidden_states, self.paths
@@ -64,7 +67,7 @@ class FusedDecoderLayer(Swapped):
             sites = sites_of(self, paths)
             check_arguments(paths.attention_of(self), attention_mask, x.shape[1], kwargs)
         except Unfusable as reason:
-            self._check_own_forward(reason)
+            self._check_own_forward(reason, prefix)
             query = {} if query_scale is None else {"query_scale": query_scale}
             y = super().forward(
                 x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
@@ -105,7 +108,9 @@ class FusedDecoderLayer(Swapped):
         if query_scale is not None:
             q = (q * query_scale).to(q.dtype)
 
-        attended = self._attend((q, k, v), scales, sites.head_norms, position_embeddings, mask, past_key_values, rows)
+        attended = self._attend(
+            (q, k, v), scales, sites.head_norms, position_embeddings, mask, past_key_values, rows, prefix
+        )
         x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
         gain, eps = sites.post_attention_norm
@@ -117,28 +122,32 @@ class FusedDecoderLayer(Swapped):
             (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3
         )
 
-    def _check_own_forward(self, reason: Unfusable) -> None:
+    def _check_own_forward(self, reason: Unfusable, prefix: CallPrefix | None) -> None:
         """Says once that the layer runs its own forward, or raises where that would not compute the same."""
-        prefix = getattr(self.paths.attention_of(self), "prefix", None)
-        if not self.has_own_forward or getattr(prefix, "needs_fused_layers", False):
+        if not self.has_own_forward or prefix is not None:
             raise reason
+        who = f"layer {self.cache_idx} runs"
+        if isinstance(reason, Recorded):
+            if self.cache_idx:  # one layer speaks for all
+                return
+            who = "all layers run"
         if torch.compiler.is_compiling():
-            _say(self.cache_idx, str(reason))
+            _say(who, str(reason))
         elif str(reason) not in self.__dict__.setdefault("said", set()):
             self.said.add(str(reason))
-            _say(self.cache_idx, str(reason))
+            _say(who, str(reason))
 
-    def _attend(self, raw, scales, head_norms, cos_sin, mask, cache, rows) -> Tensor:
+    def _attend(self, raw, scales, head_norms, cos_sin, mask, cache, rows, prefix) -> Tensor:
         attn = self.paths.attention_of(self)
         head_dim = attn.head_dim
         scale = getattr(attn, "scaling", head_dim**-0.5)
         gains = [None if norm is None else norm.gain for norm in head_norms]
         head_eps = next((norm.eps for norm in head_norms if norm is not None), 0.0)
         q_how, k_how, v_how = map(HeadTransform, scales, (*gains, None))
-        prefix = getattr(attn, "prefix", None)
-        if prefix is not None and cache is not None and getattr(prefix, "lives_in_cache", False):
-            prefix = None
-        prefix = None if prefix is None else prefix()
+        if prefix is not None:
+            prefix = prefix.layer(self.cache_idx)
+        elif hasattr(attn, "prefix"):
+            prefix = attn.prefix()
         cos, sin = cos_sin
         if cache is None:
             return attention(
@@ -156,8 +165,8 @@ class FusedDecoderLayer(Swapped):
 
 
 @torch.compiler.assume_constant_result  # a compiled graph says it when it is traced
-def _say(layer_idx: int, reason: str) -> None:
-    _logger.warning("layer %d runs unfused: %s", layer_idx, reason)
+def _say(who: str, reason: str) -> None:
+    _logger.warning("%s unfused: %s", who, reason)
 
 
 def full_mask(mask: Tensor | None, num_queries: int) -> Tensor | None:
@@ -179,26 +188,3 @@ class FusedRMSNorm(Swapped):
         except Unfusable:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, gain, eps)
-
-
-class Graphless(Swapped):
-    """Mixin for frozen parts before the decoder (vision tower): no autograd graph while nothing in them is trained,
-    even where an input was made to require grad."""
-
-    def _is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """What transformers' switch says, but never while frozen: there is nothing to keep, so nothing to recompute."""
-        return self.__dict__.get("gradient_checkpointing", False) and self._is_trained()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.__dict__["gradient_checkpointing"] = value
-
-    def forward(self, *args, **kwargs):
-        if self._is_trained():
-            return super().forward(*args, **kwargs)
-        with torch.no_grad():
-            return super().forward(*args, **kwargs)

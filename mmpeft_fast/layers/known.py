@@ -4,7 +4,8 @@ Fused code bypasses the `forward` of a decoder layer, its attention, MLP, norms,
 only for the very computation that a library ships. `known.json` lists it by kind ("attention", "rms_norm", ...): the
 digest of a function is that of its syntax tree, without annotations, docstrings and decorators, and of the library
 functions that it calls by global name. Whatever is patched, subclassed or changed by a release has another digest, is
-unknown, and runs as it is.
+unknown, and runs as it is. So does what calls a function of a library's module that somebody has replaced by one of
+another library (`nn.functional.cross_entropy`).
 
 `python -m mmpeft_fast.shipped` writes the table from the libraries that are installed, for every family.
 """
@@ -31,12 +32,17 @@ TABLE = "known.json"
 _LIBRARIES = ("torch", "transformers", "peft", "mmpeft_fast")
 # What calling a module does besides its forward; a class that changes one of them may do anything.
 _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
-# These modules are called: what stands around their forward runs.
-CALLED = ("decoder_layer",)
+# These modules are called, so that what stands around their forward runs: as it may for a layer, whereas a head must
+# still work row by row.
+_SPECIAL_OF_CALLED = {"decoder_layer": (), "head": ("__call__",)}
 
 
-class _Unknown(Exception):
-    """A function that has no digest; the text says why."""
+class _Unknown(ValueError):
+    """A function that has no digest; the text says why. lookups: what that rests on, as far as it was read."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.lookups: list[Lookup] = []
 
 
 class Identity(NamedTuple):
@@ -75,7 +81,7 @@ class _Plain(ast.NodeTransformer):
 def _innermost(function: object) -> FunctionType:
     """The function inside a library's decorators."""
     while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
-        if str(function.__globals__.get("__name__")).partition(".")[0] not in _LIBRARIES:
+        if package_of(function) not in _LIBRARIES:
             raise _Unknown(f"{function.__qualname__} is wrapped by {function.__globals__.get('__name__')}")
         function = function.__wrapped__
     if not isinstance(function, FunctionType):
@@ -111,11 +117,21 @@ def _identify(function: object, seen: tuple[FunctionType, ...] = ()) -> Identity
         raise _Unknown(f"{function.__qualname__} is a closure")
     tree, namespace = _tree_of(function), function.__globals__
     said, lookups = [_said(tree), repr(function.__defaults__), repr(function.__kwdefaults__)], []
+    try:
+        _say_names(tree, namespace, (*seen, function), said, lookups)
+    except _Unknown as reason:
+        reason.lookups[:0] = lookups
+        raise
+    return Identity(hashlib.sha256("\n".join(said).encode()).hexdigest()[:16], tuple(lookups))
+
+
+def _say_names(tree, namespace, seen, said, lookups) -> None:
+    """What the global names in a function's tree stand for: to `said`, and to `lookups` that they do."""
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & namespace.keys()):
         value = namespace[name]
         lookups.append(Lookup(namespace, name, value))
         if isinstance(value, FunctionType) and value not in seen:
-            inner = _identify(value, (*seen, function))
+            inner = _identify(value, seen)
             said.append(f"{name} {inner.digest}")
             lookups += inner.lookups
         elif isinstance(value, ModuleType):
@@ -126,7 +142,46 @@ def _identify(function: object, seen: tuple[FunctionType, ...] = ()) -> Identity
             said.append(f"{name} {value!r}")
         else:
             said.append(f"{name} a {type(value).__name__}")
-    return Identity(hashlib.sha256("\n".join(said).encode()).hexdigest()[:16], tuple(lookups))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            _check_member(node, namespace, lookups)
+
+
+def _check_member(node: ast.Attribute, namespace: dict, lookups: list[Lookup]) -> None:
+    """Raises where `node` is a member of a library's module that is of no library."""
+    path = [node.attr]
+    while isinstance(node.value, ast.Attribute):
+        node = node.value
+        path.insert(0, node.attr)
+    owner = namespace.get(node.value.id) if isinstance(node.value, ast.Name) else None
+    for name in path:
+        if not isinstance(owner, ModuleType) or not _is_of_library(owner) or not hasattr(owner, name):
+            return
+        value = getattr(owner, name)
+        if callable(value):
+            lookups.append(Lookup(owner, name, value))
+            if not _is_of_library(value):
+                raise _Unknown(f"{owner.__name__}.{name} was replaced")
+        owner = value
+
+
+def package_of(value: object) -> str:
+    """The package whose code a module, function, class or callable object is, whatever it says of itself."""
+    while hasattr(value, "__func__"):
+        value = value.__func__
+    if isinstance(value, FunctionType):
+        module = value.__globals__.get("__name__")
+    elif isinstance(value, ModuleType):
+        module = value.__name__
+    else:
+        module = (value if isinstance(value, type) else type(value)).__module__
+    return str(module).partition(".")[0]
+
+
+def _is_of_library(value: object) -> bool:
+    while isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return package_of(value) in (*_LIBRARIES, "builtins")
 
 
 _identities: dict[FunctionType, Identity] = {}
@@ -140,11 +195,7 @@ def identify(function: object) -> Identity:
     """
     found = _identities.get(function) if isinstance(function, FunctionType) else None
     if found is None or not all(lookup.holds() for lookup in found.lookups):
-        try:
-            found = _identify(function)
-        except _Unknown as reason:
-            raise ValueError(str(reason)) from None
-        _identities[function] = found
+        found = _identities[function] = _identify(function)
     return found
 
 
@@ -177,7 +228,7 @@ def table() -> Mapping[str, Mapping[str, list[str]]]:
     return _table
 
 
-_verdicts: dict[tuple[type, str], Verdict] = {}
+_verdicts: dict[tuple[object, str], Verdict] = {}
 _accepted: dict[tuple[type, str], object] = {}
 
 
@@ -190,35 +241,56 @@ def judge_class(kind: type, role: str) -> Verdict:
     """Whether calling a module of this class computes what the table lists for `role`."""
     found = _verdicts.get((kind, role))
     if found is None or not all(lookup.holds() for lookup in found.lookups):
-        found = _verdicts[kind, role] = _judge(kind, role)
+        found = _verdicts[kind, role] = _judge_class(kind, role)
     return found
 
 
-def _judge(kind: type, role: str) -> Verdict:
+def _judge_class(kind: type, role: str) -> Verdict:
     lookups = [Lookup(kind, "forward", kind.forward)]
     named = f"{kind.__module__}.{kind.__qualname__}"
-    for special in _SPECIAL if role not in CALLED else ():
+    for special in _SPECIAL_OF_CALLED.get(role, _SPECIAL):
         lookups.append(Lookup(kind, special, getattr(kind, special, None)))
         if lookups[-1].found is not getattr(nn.Module, special, None):
             return Verdict(f"{named} has a {special} of its own", tuple(lookups))
     if is_own(kind.forward) or _accepted.get((kind, role)) is kind.forward:
         return Verdict(None, tuple(lookups))
+    verdict = _judge(kind.forward, role, f"the forward of {named}", named)
+    return verdict._replace(lookups=(*lookups, *verdict.lookups))
+
+
+def judge_function(function: object, role: str) -> Verdict:
+    """Whether calling a function computes what the table lists for `role`."""
+    found = _verdicts.get((function, role)) if isinstance(function, FunctionType) else None
+    if found is None or not all(lookup.holds() for lookup in found.lookups):
+        named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+        found = _judge(function, role, named, named)
+        if isinstance(function, FunctionType):
+            _verdicts[function, role] = found
+    return found
+
+
+def _judge(function: object, role: str, what: str, named: str) -> Verdict:
     try:
-        identity = identify(kind.forward)
-    except ValueError as reason:
-        return Verdict(f"the forward of {named} is not known: {reason}", tuple(lookups))
-    lookups += identity.lookups
+        identity = identify(function)
+    except _Unknown as reason:
+        return Verdict(f"{what} is not known: {reason}", tuple(reason.lookups))
     if _learnt is not None:
         _learnt.setdefault((role, identity.digest), set()).add(named)
     elif identity.digest not in table().get(role, {}):
-        return Verdict(f"the forward of {named} is not one that is known as {role.replace('_', ' ')}", tuple(lookups))
-    return Verdict(None, tuple(lookups))
+        return Verdict(f"{what} is not one that is known as {role.replace('_', ' ')}", identity.lookups)
+    return Verdict(None, identity.lookups)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph asks when it is traced
 def why_unknown(kind: type, role: str) -> str | None:
     """Why a class is not known as `role`, in words, or None."""
     return judge_class(kind, role).reason
+
+
+@torch.compiler.assume_constant_result
+def why_unknown_function(function: object, role: str) -> str | None:
+    """Why a function is not known as `role`, in words, or None."""
+    return judge_function(function, role).reason
 
 
 def lookups_of(kinds: Collection[type]) -> Iterator[Lookup]:
@@ -239,8 +311,17 @@ def is_own(function: object) -> bool:
         function = _innermost(function)
     except _Unknown:
         return False
+    return package_of(function) == "mmpeft_fast" and is_shipped(function, str(function.__globals__["__name__"]))
+
+
+def is_library(function: object) -> bool:
+    """Whether a function, inside its decorators, stands in the file of a library's module or of this package's."""
+    try:
+        function = _innermost(function)
+    except _Unknown:
+        return False
     module = str(function.__globals__.get("__name__"))
-    return module.partition(".")[0] == "mmpeft_fast" and is_shipped(function, module)
+    return module.partition(".")[0] in _LIBRARIES and is_shipped(function, module)
 
 
 def is_shipped(function: object, module: str) -> bool:

@@ -6,13 +6,13 @@ they would not move at the learning rates of LayerNorm-tuning (2e-4).
 
 from torch import Tensor, nn
 
-from mmpeft_fast.layers.class_swap import subclass
+from mmpeft_fast.layers.class_swap import Derived, subclass
 from mmpeft_fast.layers.sites import read_norm, read_rms_norm
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.norms import rms_norm_ref
 
 
-class WideGain:
+class WideGain(Derived):
     """Mixin for transformers' RMSNorms: the result has the input's dtype, not that of a wider gain."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Parameters [P, 2 * L * HK * DH], viewed as L pairs (K, V) of [HK, P, DH]. Prefix
 start at P, every query sees all prefix columns, labels are not extended.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -13,6 +15,21 @@ from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.attention import concat_prefix_attention
 
 EAGER_PREFIX = "mmpeft_prefix"
+
+
+class CallPrefix(NamedTuple):
+    """A materialised prefix that goes to the layers with one call.
+
+    flat: [P, 2 * L * HK * DH]; shape: (L, 2, HK, DH).
+    """
+
+    flat: Tensor
+    shape: tuple[int, int, int, int]
+
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """K, V of one layer, each [HK, P, DH]."""
+        pair = self.flat.unflatten(1, self.shape)[:, layer_idx]  # [P, 2, HK, DH]
+        return pair[:, 0].transpose(0, 1), pair[:, 1].transpose(0, 1)
 
 
 class PrefixEncoder(nn.Module):
@@ -48,16 +65,18 @@ class PrefixEncoder(nn.Module):
     def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """K, V of one layer, each [HK, P, DH]."""
         flat = self.embedding.weight if self.transform is None else self._projected
-        pair = flat.unflatten(1, self.shape)[:, layer_idx]  # [P, 2, HK, DH]
-        return pair[:, 0].transpose(0, 1), pair[:, 1].transpose(0, 1)
+        return CallPrefix(flat, self.shape).layer(layer_idx)
 
     def shift_positions(self, _, args, kwargs):
         """Text positions start at P: registered as the rotary embedding's forward pre-hook."""
-        for name in ("position_ids", "columns"):
-            if kwargs.get(name) is not None:
-                kwargs = {**kwargs, name: kwargs[name] + self.num_virtual_tokens}
-        else:
+        shifted = {
+            name: kwargs[name] + self.num_virtual_tokens
+            for name in ("position_ids", "columns")
+            if kwargs.get(name) is not None
+        }
+        if len(args) > 1:
             args = (args[0], args[1] + self.num_virtual_tokens, *args[2:])
+        kwargs = {**kwargs, **shifted}
         return args, kwargs
 
     def __getstate__(self):

@@ -44,6 +44,10 @@ _READ_BY_ATTENTION = {
 _READ_BY_FLASH = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"))
 
 
+class Recorded(Unfusable):
+    """transformers records in this call, in every layer, what the fused layer does not compute."""
+
+
 class LayerSites(NamedTuple):
     """What a decoder layer is made of at this moment. `head_norms`: of q and k, None where there are none."""
 
@@ -165,16 +169,15 @@ class Reading:
         """`read_layer`, from memory where nothing has changed.
 
         Raises:
-            Unfusable: as `read_layer`, and while transformers records what the fused layer does not compute.
+            Unfusable: as `read_layer`.
+            Recorded: transformers records what the fused layer does not compute.
         """
         if self._snapshot is None or not self._snapshot.holds(layer):
             self._read(layer, paths)
         if self._reason is not None:
             raise Unfusable(self._reason)
         if self._recorded and is_recorded(self._recorded):
-            raise Unfusable(
-                f"{', '.join(sorted(self._recorded))} are asked for, which the fused layer does not compute"
-            )
+            raise Recorded(f"{', '.join(sorted(self._recorded))} are asked for, which the fused layer does not compute")
         if any(GLOBAL_HOOKS):
             check_no_global_hooks()
         return self._again(layer, paths) if self._moving else self._sites
@@ -226,6 +229,15 @@ def sites_of(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
     if reading is None:
         reading = layer.__dict__["reading"] = Reading()
     return reading.sites(layer, paths)
+
+
+def is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
+    """Whether a layer with a fused class would run fused now, as far as the call's arguments do not decide it."""
+    try:
+        sites_of(layer, paths)
+    except Unfusable:
+        return False
+    return True
 
 
 def check_arguments(attn: nn.Module, mask: object, num_queries: int, others: dict) -> None:

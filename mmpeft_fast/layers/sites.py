@@ -64,6 +64,24 @@ def check_bypassed(module: nn.Module, role: str) -> None:
         raise Unfusable(reason)
 
 
+def may_compute(hook: Callable) -> bool:
+    """Whether a hook may change or see what a module computes: FSDP's gather shards, transformers' collect what a call
+    asks for, this package's are known."""
+    home = str(getattr(hook, "__module__", None))
+    return not home.startswith(("torch.distributed.", "mmpeft_fast.")) and recorded_key(hook) is None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks that `may_compute`."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(may_compute(hook) for hooks in kinds for hook in hooks.values())
+
+
+def runs_as_known(module: nn.Module, role: str) -> bool:
+    """Whether calling the module does what is known as `role`, and nothing more."""
+    return "forward" not in module.__dict__ and not has_hooks(module) and why_unknown(own_class(module), role) is None
+
+
 def recorded_key(hook: Callable) -> str | None:
     """What a forward hook of transformers records where that is asked for ("attentions", ...); None for any other.
 

@@ -2,6 +2,9 @@
 
 Every module keeps its parameter: same object, name, shape and values; only its memory is now rows of the buffer. What
 somebody else may hold on to is left where it is: shared, tied, sharded or read-only tensors.
+
+Libraries take tensors in one storage for tied ones, and drop, refuse or write them several times when they save. A
+`state_dict` therefore shows each stacked tensor in a storage of its own, over the same memory.
 """
 
 from collections import Counter
@@ -89,3 +92,36 @@ def stack_linears(linears: Sequence[nn.Module], owned: Counter) -> None:
     for group in _adapters(segments):
         if all(tensor is not None for tensor in group) and stacking.as_rows(group) is None:
             stack_rows(group, owned)
+    for linear in linears:
+        for module in linear.modules():
+            if show_own_storages not in module._state_dict_hooks.values():
+                module.register_state_dict_post_hook(show_own_storages)
+
+
+def show_own_storages(module: nn.Module, state_dict: dict, prefix: str, local_metadata: object) -> None:
+    """state_dict hook: a stacked tensor as one over the same memory that has a storage to itself, of just its size. It
+    is no copy; writing to it writes to the parameter."""
+    for name, parameter in module._parameters.items():
+        value = state_dict.get(prefix + name)
+        # With `keep_vars` the value is the parameter, which stays what it is.
+        if value is not parameter and type(value) is Tensor and _is_stacked(parameter) and not value.is_meta:
+            state_dict[prefix + name] = torch.from_dlpack(value)
+
+
+def unstack(model: nn.Module) -> None:
+    """Gives every stacked parameter contiguous memory of its own again."""
+    for module in model.modules():
+        hooks = module._state_dict_hooks
+        for key in [key for key, hook in hooks.items() if hook is show_own_storages]:
+            del hooks[key]
+        for parameter in module._parameters.values():
+            if _is_stacked(parameter):
+                parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+                layout.unmark(parameter)
+
+
+def _is_stacked(tensor: Tensor | None) -> bool:
+    """Whether `stack_rows` has moved a tensor, and nobody since."""
+    if tensor is None or not layout.is_marked(tensor) or not _has_storage(tensor):
+        return False
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()

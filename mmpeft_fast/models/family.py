@@ -26,7 +26,7 @@ class Family:
         decoder: path of the text model (with `rotary_emb`).
         paths: where the decoder keeps its layers, norms and linear sites.
         connector: paths of what `train_connector` trains: usually the modules between vision tower and decoder.
-        vision_tower: paths of the modules that run without a graph while frozen.
+        vision_tower: paths of the modules between the pixels and the connector.
         sizes: real configurations by name, each a function without arguments.
         tiny_config: (vocabulary size, id of a token by its text) -> configuration of a few million parameters.
         tiny_processor: tokenizer -> processor.
@@ -65,7 +65,10 @@ class Family:
         return self.paths.layers_of(self.decoder_of(model))
 
     def vouch(self, model: nn.Module) -> None:
-        """Takes the classes of a publisher's layers as known: `is_publishers` has recognised them by their parts."""
+        """Takes a publisher's classes as known: `is_publishers` has recognised them by their parts, and `adopt` gives
+        them this package's forward."""
+        known.accept(own_class(model), "causal_lm")
+        known.accept(own_class(self.decoder_of(model)), "decoder")
         for layer in self.layers_of(model):
             known.accept(own_class(layer), "decoder_layer")
             for path in self.paths.containers:

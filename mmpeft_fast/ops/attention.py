@@ -112,7 +112,8 @@ def attention(
     Args:
         q: [B, T, H * DH] as the linear layer gave it, or [B, C, H * DH] at positions `rows` [B, C].
         k, v: [B, T, HK * DH]; HK divides H.
-        cos, sin: [B or 1, T, DH] rotation of all T positions (of q's rows too, gathered here).
+        cos, sin: [B or 1, T, DH] rotation of all T positions (of q's rows too, gathered here), in q's dtype or a wider
+            one, in which q and k are then rotated.
         scale: of the scores; DH ** -0.5 when None.
         mask: None (causal), or [B or 1, 1, T, T] bool (True = may attend) or additive, which replaces causality.
         q_how, k_how: scale [heads * DH] and head-norm gain [DH] of q and k; v_scale: [HK * DH].
@@ -145,7 +146,7 @@ def attention(
         )
     dtype = autocast_dtype(q)
     if dtype is not None:
-        q, k, v, cos, sin = (part.to(dtype) for part in (q, k, v, cos, sin))
+        q, k, v = (part.to(dtype) for part in (q, k, v))
     cos_q, sin_q = cos, sin
     if rows is not None:
         cos_q, sin_q = take_rows(cos, rows), take_rows(sin, rows)

@@ -7,9 +7,12 @@ An element is dropped where its lane, read as a signed 16-bit integer, is below 
 The same seed gives the same bits in every provider, whatever the device, thread count or tile size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from mmpeft_fast.ops import dropout_gpu
 from mmpeft_fast.ops.library import LIBRARY
 
 ROUNDS = 7
@@ -106,15 +109,29 @@ def keep_bits(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: i
     return torch.ops.mmpeft_fast.keep_bits(seed, num_rows, num_cols, p, stream, itemsize)
 
 
-def mask_(x: Tensor, keep: Tensor) -> Tensor:
-    """Zeroes the dropped elements of a contiguous x [M, K] in place; `keep` from `keep_bits` with x's item size."""
-    x.view(keep.dtype).bitwise_and_(keep)
-    return x
+def _zero_dropped(xs: Sequence[Tensor], seed: Tensor, p: float, stream: int) -> list[Tensor]:
+    keep = keep_bits(seed, *xs[0].shape, p, stream=stream, itemsize=xs[0].element_size())
+    return [(x.view(keep.dtype) & keep).view(x.dtype) for x in xs]
 
 
-def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """x [M, K], contiguous, with dropped elements zero."""
-    return (x.view(keep.dtype) & keep).view(x.dtype)
+LIBRARY.define("zero_dropped(Tensor[] xs, Tensor seed, float p, int stream) -> Tensor[]")
+LIBRARY.impl("zero_dropped", _zero_dropped, "CompositeExplicitAutograd")
+LIBRARY.impl("zero_dropped", dropout_gpu.zero_dropped, "CUDA")
+
+
+@torch.library.register_fake("mmpeft_fast::zero_dropped", lib=LIBRARY)
+def _(xs, seed, p, stream):
+    return [x.new_empty(x.shape) for x in xs]
+
+
+def zero_dropped(xs: Sequence[Tensor], seed: Tensor, p: float, *, stream: int = 0) -> list[Tensor]:
+    """Tensors of one mask with their dropped elements zero; the mask is drawn once, or where it is applied.
+
+    Args:
+        xs: [M, K] each, of one shape, device and dtype, with unit column stride.
+        seed, p, stream: as in `keep_bits`.
+    """
+    return torch.ops.mmpeft_fast.zero_dropped(list(xs), seed, p, stream)
 
 
 def dropped(seed: Tensor, num_rows: int, num_cols: int, p: float, *, stream: int = 0) -> Tensor:

@@ -32,7 +32,6 @@ __all__ = [
 _DTYPES = (torch.bfloat16, torch.float16)
 # What the GEMM asks of its operands: TMA's alignment, whole instruction tiles of inner segments and ranks.
 _TMA_BYTES, _SEGMENT_COLUMNS, _RANK_MULTIPLE, _MAX_SEGMENTS = 16, 64, 8, 4
-_ops = torch.ops.mmpeft_fast_cuda
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -75,9 +74,9 @@ def _launch_gemm(direction, x, weight, out, *, bias=None, residual=None, z=None,
         log_fallback("lowrank_gemm", "cuda", obstacle, "triton")
         low_rank = {} if z is None else {"z": z, "u": u, "scaling": scaling, "segments": segments}
         return kernels_triton._launch_gemm(direction, x, weight, out, bias=bias, residual=residual, **low_rank)
-    _ops.lowrank_gemm_out(
-        x, weight, z, u, scaling, [shape.num_out for shape in shapes], [shape.rank for shape in shapes],
-        direction == "fwd", bias, None, residual, out,
+    csrc.cuda_op(
+        "lowrank_gemm_out", x, weight, z, u, scaling, [shape.num_out for shape in shapes],
+        [shape.rank for shape in shapes], direction == "fwd", bias, None, residual, out,
     )  # fmt: skip
     return out
 
@@ -94,8 +93,8 @@ def _launch_prologue(
     changes = name != "none" or in_scale is not None
     if not changes and down is None:
         return x, None, None, None
-    h, rstd, a, _ = _ops.prologue(
-        name, x, up, gain, eps, in_scale, None, down, "identity", seed if p > 0.0 else None, p, stream,
+    h, rstd, a, _ = csrc.cuda_op(
+        "prologue", name, x, up, gain, eps, in_scale, None, down, "identity", seed if p > 0.0 else None, p, stream,
         write_h and changes,
     )  # fmt: skip
     return (x if write_h and not changes else h), rstd, a, a
@@ -109,16 +108,16 @@ def _launch_prologue_backward(
     dx = (dh.new_empty(dh.shape) if dx_out is None else dx_out) if need_dx else None
     needs_dup = need_dup and name == "swiglu"
     dup = (dh.new_empty(dh.shape) if dup_out is None else dup_out) if needs_dup else None
-    dgain, din_scale = _ops.prologue_backward(
-        name, dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, p, stream, dresidual, dx, dup,
-        need_dgain and name == "rms_norm", need_din_scale and in_scale is not None,
+    dgain, din_scale = csrc.cuda_op(
+        "prologue_backward", name, dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, p,
+        stream, dresidual, dx, dup, need_dgain and name == "rms_norm", need_din_scale and in_scale is not None,
     )  # fmt: skip
     return LaunchedGrads(dx, dup, dgain, din_scale)
 
 
 def _launch_dy_pass(dy, a, u, *, segments, scaling, activation, need_da, need_du, tile=None):
     num_outs, ranks = ([getattr(segment, field) for segment in segments] for field in ("num_out", "rank"))
-    return _ops.dy_pass(dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du)
+    return csrc.cuda_op("dy_pass", dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du)
 
 
 def prologue(*arguments, **options) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype, activation_backward
-from mmpeft_fast.ops.dropout import keep_bits, mask_, masked
+from mmpeft_fast.ops.dropout import keep_bits, zero_dropped
 from mmpeft_fast.ops.kernel_set import HeadTransform, LowRank, Mask, PrologueGrads, PrologueSpec, Rotation, Term
 from mmpeft_fast.ops.norms import rms_norm_backward, rms_norm_forward
 from mmpeft_fast.ops.rotary import rotate, rotate_backward
@@ -30,13 +30,9 @@ def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return a @ b if alpha == 1.0 else torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
 
 
-def _bits(mask: Mask, num_rows: int, num_cols: int, itemsize: int) -> Tensor:
-    return keep_bits(mask.seed, num_rows, num_cols, mask.p, stream=mask.stream, itemsize=itemsize)
-
-
-def _dropped(x: Tensor, mask: Mask | None) -> Tensor:
-    """x with elements dropped; the factor 1 / keep is left to the rank-sized side."""
-    return x if mask is None else masked(x, _bits(mask, *x.shape, x.element_size()))
+def _dropped(mask: Mask | None, *xs: Tensor) -> Sequence[Tensor]:
+    """Each x with elements dropped; the factor 1 / keep is left to the rank-sized side."""
+    return xs if mask is None else zero_dropped(xs, mask.seed, mask.p, stream=mask.stream)
 
 
 def _inverse_keep(mask: Mask | None) -> float:
@@ -88,7 +84,8 @@ def prologue(
     a = None
     if low_rank is not None:
         down, mask = low_rank
-        a = _scaled_mm(_dropped(h, mask), down.to(h.dtype).t(), _inverse_keep(mask))
+        (kept,) = _dropped(mask, h)
+        a = _scaled_mm(kept, down.to(h.dtype).t(), _inverse_keep(mask))
     return (h if need_h else None), rstd, a
 
 
@@ -122,18 +119,17 @@ def prologue_backward(
         h, _ = _prologue_h(spec, x, rstd, activated)
     ddowns: list[Tensor | None] = []
     for ((down, mask), da), wanted in zip(low_rank, ddown_wanted, strict=True):
-        bits = None if mask is None else _bits(mask, da.shape[0], down.shape[1], da.element_size())
-        ddown = None
-        if wanted:
-            kept = h if mask is None else masked(h, bits)
-            ddown = _scaled_mm(da.t(), kept, _inverse_keep(mask)).to(down.dtype)
-        ddowns.append(ddown)
+        operands = [h] if wanted else []
+        if dh is not None and mask is not None:
+            operands.append(_scaled_mm(da, down.to(dh.dtype), mask.inverse_keep))
+        kept = list(_dropped(mask, *operands)) if operands else []
+        ddowns.append(_scaled_mm(da.t(), kept[0], _inverse_keep(mask)).to(down.dtype) if wanted else None)
         if dh is None:
             continue
         if mask is None:
             dh.addmm_(da, down.to(dh.dtype))
         else:
-            dh.add_(mask_(_scaled_mm(da, down.to(dh.dtype), mask.inverse_keep), bits))
+            dh.add_(kept[-1])
     if dh is None:
         return PrologueGrads((None,) * len(x), None, None, ddowns)
     dx, dgain, din_scale = _prologue_grads(
@@ -227,7 +223,8 @@ def post_branch(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y + s f(a) U^T + residual [M, N], and a = drop(y) D^T [M, R]; down [R, N], up [N, R], any float dtype."""
-    a = _scaled_mm(_dropped(y, mask), down.to(y.dtype).t(), _inverse_keep(mask))
+    (kept,) = _dropped(mask, y)
+    a = _scaled_mm(kept, down.to(y.dtype).t(), _inverse_keep(mask))
     z = ACTIVATIONS[activation].function(a)
     out = torch.addmm(y, z, up.to(y.dtype).t(), alpha=scaling)
     return (out if residual is None else out.add_(residual)), a

@@ -30,6 +30,15 @@ def mark(weight: Tensor, spare: int) -> None:
     setattr(weight, _ATTRIBUTE, spare)
 
 
+def is_marked(weight: Tensor) -> bool:
+    """Whether `mark` was told about it, with spare columns or without."""
+    return hasattr(weight, _ATTRIBUTE)
+
+
+def unmark(weight: Tensor) -> None:
+    delattr(weight, _ATTRIBUTE)
+
+
 def spare_columns(weight: Tensor) -> int:
     """How many columns are free behind a weight [N, K]; 0 where its memory is not what `mark` was told about."""
     spare = getattr(weight, _ATTRIBUTE, 0)

@@ -13,16 +13,19 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [..., DH]; cos, sin broadcast to x. Differentiable plain torch."""
+    """Rotates x [..., DH]; cos, sin broadcast to x. Differentiable plain torch.
+
+    Wider tables (float32 for x in bf16) rotate in their dtype; the result is rounded to x's once.
+    """
     half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    return (x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin).to(x.dtype)
 
 
 def rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The transpose of `rotate`: dx [..., DH] from dy."""
     half = dy.shape[-1] // 2
     through_sin = dy * sin
-    return dy * cos + torch.cat((through_sin[..., half:], -through_sin[..., :half]), dim=-1)
+    return (dy * cos + torch.cat((through_sin[..., half:], -through_sin[..., :half]), dim=-1)).to(dy.dtype)
 
 
 def rotary_cos_sin(

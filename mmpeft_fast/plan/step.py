@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
+from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.providers import provider
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.counting import Recorder, Work
-from mmpeft_fast.plan.inputs import num_supervised, training_batch
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
 from mmpeft_fast.plan.request import DTYPES, Request
@@ -72,7 +72,7 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
     place = Placeholders(device_type, sdpa)
     place.materialize(model)
     inputs = training_batch(
-        config, place, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
+        config, place.empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
         supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
     )  # fmt: skip
     if request.implementation == "fused":

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -65,7 +66,10 @@ class profile:
         self.timeline = Timeline([], [])
         self.seconds = 0.0
         self.trace = ""
-        self._model, self._device, self._region = model, device, region
+        # What was measured may be kept when the model is not.
+        self._model = None if model is None else weakref.ref(model)
+        self._name = "–" if model is None else type(base_model(model)).__name__
+        self._device, self._region = device, region
         self._output = None if output is None else Path(output)
         if self._output is not None:
             check_folder(self._output)
@@ -76,8 +80,9 @@ class profile:
             raise RuntimeError("profile: expected a profile that has ended, this one still runs")
         with ExitStack() as stack:
             places = OneRegion()
-            if _has_regions(self._model):
-                base = base_model(self._model)
+            model = None if self._model is None else self._model()
+            if _has_regions(model):
+                base = base_model(model)
                 places = stack.enter_context(Regions(base, family_of(base)))
                 places.start(self._region)
             self._tracer = Tracer(places)
@@ -127,8 +132,9 @@ class profile:
         return tensor if tensor.is_leaf else tensor.detach()
 
     def _see_model(self, *, before: bool = False) -> None:
-        storages, parameters = self._tracer.storages, list(self._model.parameters())
-        storages.see([*parameters, *self._model.buffers()], "parameters", before=before)
+        model, storages = self._model(), self._tracer.storages
+        parameters = list(model.parameters())
+        storages.see([*parameters, *model.buffers()], "parameters", before=before)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         storages.see(gradients, "gradients", before=before)
 
@@ -144,7 +150,7 @@ class profile:
             name="code", origin=TRACED, times_s=[self.seconds], rows=self.rows, timeline=self.timeline,
             trace=self.trace,
         )  # fmt: skip
-        request = {"what": TRACED, "model": "–" if self._model is None else type(base_model(self._model)).__name__}
+        request = {"what": TRACED, "model": self._name}
         return write_profile(Path(folder), [measured], request, self._device)
 
 

@@ -11,9 +11,9 @@ from transformers import PretrainedConfig
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.layers.sites import read_linear, read_norm
 from mmpeft_fast.models import FAMILIES, base_model, family_of
+from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
-from mmpeft_fast.plan.inputs import num_supervised, training_batch
 from mmpeft_fast.plan.request import DTYPES, Request, model_config
 
 WHAT = ("step", "layer", "op")
@@ -124,7 +124,7 @@ class _Pixels:
 
 def _inputs(request: Request, config: PretrainedConfig, device: torch.device) -> dict:
     batch = training_batch(
-        config, _Pixels(), batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
+        config, _Pixels().empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
         supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
     )  # fmt: skip
     inputs: dict = {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}

@@ -19,6 +19,7 @@ from mmpeft_fast.data import Collator
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import load_pretrained
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
+from mmpeft_fast.small_batches import cut_batch
 from mmpeft_fast.study.cells import CellSpec
 from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches
 from mmpeft_fast.study.process import child_main
@@ -54,7 +55,7 @@ def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
     batches[-1] = batches[0]  # so that the first and the last loss are of the same samples
 
     twin = frozen_twin(model)
-    model, implementation = _prepare(model, spec)
+    model, implementation = _prepare(model, spec, batches[0])
     losses, step_ms, frozen_step_ms = _run_steps(model, twin, batches, spec)
     del twin
     accuracy = evaluate_accuracy(model, collator, evaluation, batch_size=spec.batch_size)
@@ -68,7 +69,7 @@ def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
     }
 
 
-def _prepare(model: nn.Module, spec: CellSpec) -> tuple[nn.Module, str]:
+def _prepare(model: nn.Module, spec: CellSpec, batch: dict) -> tuple[nn.Module, str]:
     """The model with its method, and whose code runs it."""
     if spec.implementation == "frozen":
         return model, "transformers"
@@ -83,7 +84,7 @@ def _prepare(model: nn.Module, spec: CellSpec) -> tuple[nn.Module, str]:
         for parameter, initial in zip(_trainable(model), _trainable(reference), strict=True):
             parameter.copy_(initial.view_as(parameter))
     seed_everything(spec.seed)
-    return fuse(model), f"mmpeft-fast {__version__}"
+    return fuse(model, verify=cut_batch(batch)), f"mmpeft-fast {__version__}"
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

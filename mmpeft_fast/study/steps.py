@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mmpeft_fast.data import HOST_HINTS
-from mmpeft_fast.peft_model import is_fused
+from mmpeft_fast.peft_model import takes_hints
 from mmpeft_fast.train import build_optimizer, cosine_with_warmup
 
 WARMUP_RATIO = 0.03  # of the learning rate's schedule, the study's
@@ -21,7 +21,7 @@ def inputs_for(model: nn.Module, batch: dict) -> dict:
         for name, value in batch.items()
         if isinstance(value, Tensor)
     }
-    if is_fused(model):
+    if takes_hints(model):
         inputs |= {name: batch[name] for name in HOST_HINTS}
     return inputs
 

@@ -102,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="longest sample (default: %(default)s)"
     )
+    group.add_argument(
+        "--loss",
+        choices=("publisher", "answers"),
+        default="publisher",
+        help="what counts: as the model's publisher fine-tunes (Qwen-VL-Chat: the turns' markers too, samples cut "
+        "wherever --max-length falls), or answers alone; the same for other families (default: %(default)s)",
+    )
     group.add_argument("--padding-side", choices=("right", "left"), default="right", help="(default: %(default)s)")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that load images (default: none)")
     group.add_argument(
@@ -130,6 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="how many to keep (2)")
     group.add_argument("--log-every", type=int, metavar="N", help="steps between log rows (1)")
     group.add_argument("--tracker", metavar="NAME", help="tensorboard, wandb, .. or none (none)")
+    group.add_argument(
+        "--no-verify", action="store_false", dest="verify", help="do not compare the fused model with itself unfused"
+    )
     group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -151,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
-    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length)
+    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length, loss=args.loss)
     collator.check([*samples, *eval_samples])
     seed_everything(config.seed)  # the method's initial values
     method = study_method(model, args.method, **settings)

@@ -51,6 +51,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Count = 2
     tracker: str = "none"
+    verify: bool = True
+    """Compares a fused model with itself unfused on a few tokens before the first step, and unfuses what differs."""
 
     def __post_init__(self) -> None:
         check_fields(self)

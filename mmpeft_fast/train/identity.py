@@ -22,7 +22,7 @@ from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train.config import TrainConfig
 
 # Fields of TrainConfig that change no number.
-FREE_FIELDS = {"num_workers", "log_every", "save_every", "keep_checkpoints", "tracker"}
+FREE_FIELDS = {"num_workers", "log_every", "save_every", "keep_checkpoints", "tracker", "verify"}
 # Entries of a model's or HF PEFT's configuration that say where it came from, or what it does when nothing is trained.
 _ORIGIN = {
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "auto_map"),

@@ -30,7 +30,8 @@ from torch import nn
 from mmpeft_fast.atomic import exclusive
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models import base_model, family_of
-from mmpeft_fast.peft_model import is_fused
+from mmpeft_fast.peft_model import takes_hints, verify_fused
+from mmpeft_fast.small_batches import cut_batch
 from mmpeft_fast.train import state
 from mmpeft_fast.train.batches import INTERRUPTS, batches_by_step
 from mmpeft_fast.train.config import TrainConfig
@@ -141,6 +142,8 @@ def train(
             ) as log,
             _interrupt_requested() as interrupt_requested,
         ):
+            if config.verify:
+                run.verify(batches or [])
             run.restore_rng()
             step_begin = time.perf_counter()
             while batches is not None and not interrupted:
@@ -257,13 +260,22 @@ class _Run:
         self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
         self._model, self._accelerator, self._output = model, accelerator, output
         self._max_grad_norm, self._keep_checkpoints = config.max_grad_norm, config.keep_checkpoints
-        self._takes_hints = is_fused(model)
+        self._takes_hints = takes_hints(model)
         self._rng_states = None
         if self.checkpoint is not None:
             saved = state.load_checkpoint(self.checkpoint, model)
             self._optimizer.load_state_dict(saved["optimizer"])
             self._schedule.load_state_dict(saved["schedule"])
             self._rng_states = saved["rng"]
+
+    def verify(self, batches: list[dict[str, Any]]) -> None:
+        """Compare a fused model with itself unfused on a few tokens of the first batch that carries a label, and unfuse
+        what differs."""
+        labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
+        first = next(labelled, None)
+        if first is not None:
+            verify_fused(self._model, cut_batch(first))
+        self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:
         """Put the generators where the checkpoint left them; the last thing before the first forward."""

@@ -7,6 +7,8 @@ import importlib
 
 import torch
 
+from mmpeft_fast.ops import csrc
+
 
 def is_built() -> bool:
     """Whether the installed extension has the CUDA ops."""
@@ -41,9 +43,10 @@ class Kernels:
         gpu_residual = gpu_out if residual is out else on_gpu(residual)
         x, weight, z, u, bias, scale = (on_gpu(tensor) for tensor in (x, weight, z, u, bias, scale))
         num_outs, ranks = num_outs or [num_out], ranks or [0 if z is None else z.shape[1]]
-        torch.ops.mmpeft_fast_cuda.lowrank_gemm_out(
-            x, weight, z, u, scaling, num_outs, ranks, transposed, bias, scale, gpu_residual, gpu_out
-        )
+        csrc.cuda_op(
+            "lowrank_gemm_out", x, weight, z, u, scaling, num_outs, ranks, transposed, bias, scale, gpu_residual,
+            gpu_out,
+        )  # fmt: skip
         # Everything around `out` too: what the kernel wrote there must show.
         whole = torch.empty(0, dtype=out.dtype).set_(out.untyped_storage())
         whole.copy_(torch.empty(0, dtype=out.dtype, device="cuda").set_(gpu_out.untyped_storage()))
@@ -53,9 +56,10 @@ class Kernels:
         self, dy, a, u, *, num_outs, ranks, scaling=1.0, activation="identity", rows_per_chunk=None, need_da=True,
         need_du=True,
     ):  # fmt: skip
-        grads = torch.ops.mmpeft_fast_cuda.dy_pass(
-            on_gpu(dy), on_gpu(a), on_gpu(u), list(num_outs), list(ranks), scaling, activation, need_da, need_du
-        )
+        grads = csrc.cuda_op(
+            "dy_pass", on_gpu(dy), on_gpu(a), on_gpu(u), list(num_outs), list(ranks), scaling, activation, need_da,
+            need_du,
+        )  # fmt: skip
         return on_cpu(grads)
 
     def prologue(
@@ -65,9 +69,9 @@ class Kernels:
         x, up, gain, in_scale, rstd, down, seed = map(
             on_gpu, (x, up, gain, in_scale, rstd, down, seed if p > 0.0 else None)
         )
-        h, new_rstd, a, z = torch.ops.mmpeft_fast_cuda.prologue(
-            name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h
-        )
+        h, new_rstd, a, z = csrc.cuda_op(
+            "prologue", name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h,
+        )  # fmt: skip
         return on_cpu((h, new_rstd if rstd is None else rstd, a, z))
 
     def prologue_backward(
@@ -81,9 +85,9 @@ class Kernels:
         dh, x, up, gain, in_scale, rstd, da, down, seed, dresidual = map(
             on_gpu, (dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, dresidual)
         )
-        dgain, din_scale = torch.ops.mmpeft_fast_cuda.prologue_backward(
-            name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, gpu_dx, gpu_dup, need_dgain,
-            need_din_scale,
+        dgain, din_scale = csrc.cuda_op(
+            "prologue_backward", name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, gpu_dx,
+            gpu_dup, need_dgain, need_din_scale,
         )  # fmt: skip
         if dx is not None:
             dx.copy_(gpu_dx)

@@ -1,9 +1,10 @@
 """The CUDA kernels compiled for sm_80 and sm_90a without a GPU: what they need and which instructions they became; the
-torch entries compiled against the headers of the torch that is here, a CPU build included."""
+torch entries compiled against the headers of the torch that is here, a CPU build included, and what they refuse."""
 
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import pytest
 import torch
 from mmpeft_kernels import aot
 
-from tests.csrc_cuda.emulation import CUDA_SOURCES
+from tests.csrc_cuda.emulation import CUDA_SOURCES, ROOT
 
 GEMM = "lowrank_gemm_sm90.cu"
 BUILDS = [("90a", GEMM)] + [
@@ -101,17 +102,75 @@ def test_products_run_on_tensor_cores(builds, arch, name):
     assert any(instruction.startswith("LDGSTS") for instruction in instructions), "cp.async"
 
 
-def test_torch_entries_compile(toolkit_include, tmp_path):
+@pytest.fixture(scope="module")
+def entries(toolkit_include, tmp_path_factory) -> Path:
+    """The torch entries as one object: nearly all of the time goes into torch's headers."""
+    folder = tmp_path_factory.mktemp("entries")
     torch_include = Path(torch.__file__).parent / "include"
     # The one header that a CPU build of torch lacks.
-    stub = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stub = folder / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     stub.parent.mkdir(parents=True)
     stub.touch()
-    # As one source: nearly all of the time goes into torch's headers.
-    all_entries = tmp_path / "entries.cpp"
-    all_entries.write_text("".join(f'#include "{path}"\n' for path in sorted(CUDA_SOURCES.glob("*.cpp"))))
+    source, built = folder / "entries.cpp", folder / "entries.o"
+    source.write_text("".join(f'#include "{path}"\n' for path in sorted(CUDA_SOURCES.glob("*.cpp"))))
     includes = [torch_include, torch_include / "torch" / "csrc" / "api" / "include", toolkit_include]
-    command = [shutil.which("g++"), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", f"-I{tmp_path}"]
-    command += [flag for folder in includes for flag in ("-isystem", str(folder))]
-    result = subprocess.run([*command, str(all_entries)], capture_output=True, text=True)
+    command = [shutil.which("g++"), "-std=c++20", "-O1", "-fPIC", "-c", "-Wall", "-Werror", f"-I{folder}"]
+    command += [flag for path in includes for flag in ("-isystem", str(path))]
+    result = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
+    return built
+
+
+def undefined(built: Path) -> list[str]:
+    result = subprocess.run(["nm", "-u", str(built)], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in result.stdout.splitlines()]
+
+
+def test_no_exception_begins_in_an_entry(entries):
+    """Neither in the entries' own lines nor in what they inline: torch's own functions throw from torch's library."""
+    assert not {"__cxa_throw", "__cxa_allocate_exception"} & set(undefined(entries))
+
+
+REFUSALS = """
+import sys
+import torch
+from mmpeft_fast.ops import csrc
+
+torch.ops.load_library(sys.argv[1])
+x, vector = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(64)
+gemm = lambda x: (x, x, None, None, 1.0, [8], [0], True, None, None, None, x)
+calls = {
+    "lowrank_gemm_out": gemm(x),
+    "dy_pass": (x, x, x, [64], [64], 1.0, "identity", True, True),
+    "prologue": ("none", x, None, None, 1e-6, None, None, x, "identity", None, 0.0, 0, True),
+    "prologue_backward": ("none", x, *[None] * 8, 0.0, 0, None, None, None, False, False),
+}
+for name, arguments in calls.items():
+    try:
+        csrc.cuda_op(name, *arguments)
+    except ValueError as error:
+        print(name, error, sep=": ")
+try:
+    csrc.cuda_op("lowrank_gemm_out", *gemm(vector))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_what_an_entry_refuses_is_an_error_of_python(entries, tmp_path):
+    """The ops loaded without kernels, without a GPU, and given what is on none: the process lives on."""
+    # Names of C++ functions are names of C functions once they are mangled.
+    missing = [name for name in undefined(entries) if "cuda" in name.lower() or "GPUTrace" in name]
+    stubs, library = tmp_path / "stubs.c", tmp_path / "entries.so"
+    stubs.write_text("void abort(void);\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in missing))
+    torch_library = Path(torch.__file__).parent / "lib"
+    link = ["g++", "-shared", "-fPIC", "-o", library, entries, "-x", "c", stubs, f"-L{torch_library}"]
+    subprocess.run([*link, "-lc10", "-ltorch_cpu"], check=True)
+    result = subprocess.run([sys.executable, "-c", REFUSALS, library], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == [
+        "lowrank_gemm_out", "dy_pass", "prologue", "prologue_backward",
+    ]  # fmt: skip
+    assert all("on a GPU, got" in line and "cpu" in line for line in lines), lines
+    assert lines[4].startswith("lowrank_gemm: expected matrices x and weight on a GPU, got x [64] on cpu")

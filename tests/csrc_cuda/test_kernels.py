@@ -27,6 +27,11 @@ def padded(columns: int) -> int:
     return -(-columns // 8) * 8
 
 
+def of_dtype(tensor, dtype):
+    """For a definition, dense: oneDNN's bf16 product with AMX reads what lies between an operand's rows (NaN here)."""
+    return tensor.to(dtype).contiguous()
+
+
 def block_diagonal(z, u, num_outs, ranks):
     """The low-rank part of every segment, side by side."""
     u_parts = u.split(num_outs)
@@ -64,7 +69,7 @@ def test_gemm_forward(kernels, num_rows, num_outs, depth, ranks, block_n, dtype)
     )  # fmt: skip
 
     def definition(dtype):
-        wide = [tensor.to(dtype) for tensor in (x, weight, z, u, bias, scale, residual)]
+        wide = [of_dtype(tensor, dtype) for tensor in (x, weight, z, u, bias, scale, residual)]
         product = wide[0] @ wide[1].T + scaling * block_diagonal(*wide[2:4], list(num_outs), list(ranks))
         return (product + wide[4]) * wide[5] + wide[6]
 
@@ -148,7 +153,7 @@ def test_dy_pass(kernels, num_rows, num_outs, ranks, activation, rows_per_chunk,
         das, dus = [], []
         parts = zip(dy.split(num_outs, 1), a.split(ranks, 1), u.split(num_outs), ranks)
         for dy_part, a_part, u_part, rank in parts:
-            dy_part, a_part, u_part = dy_part.to(dtype), a_part.to(dtype), u_part[:, :rank].to(dtype)
+            dy_part, a_part, u_part = (of_dtype(part, dtype) for part in (dy_part, a_part, u_part[:, :rank]))
             das.append(scaling * (dy_part @ u_part) * derivative(a_part))
             dus.append(torch.zeros(dy_part.shape[1], width, dtype=dtype))
             dus[-1][:, :rank] = scaling * (dy_part.T @ f(a_part))

@@ -183,7 +183,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(samples):
 @pytest.mark.parametrize("pairs", [1, 2, 40])
 def test_the_work_is_linear_in_the_turns(processor, samples, pairs, monkeypatch):
     """What the chat template is given to write grows with the conversation, not with its square."""
-    collator, given = Collator(processor), []
+    collator, given = Collator(processor, loss="answers"), []
     template = collator._template
     monkeypatch.setattr(
         collator,
@@ -207,7 +207,8 @@ def test_settings_tell_collators_apart(processor, samples):
     plain(samples)
     assert plain.settings == before == Collator(processor).settings
     assert {"padding_side", "max_length", "tokenizer", "processor", "chat_template"} <= before.keys()
-    for other in (Collator(processor, padding_side="left"), Collator(processor, max_length=99)):
+    changes = {"padding_side": "left"}, {"max_length": 99}, {"loss": "answers"}
+    for other in (Collator(processor, **change) for change in changes):
         assert sum(other.settings[name] != value for name, value in before.items()) == 1
 
 

@@ -15,7 +15,7 @@ LAUNCHES, RESOURCES = TABLE["launches"], TABLE["resources"]
 # A case of every kernel; `python -m mmpeft_kernels.aot check` compiles all.
 COMPILED = (
     "sm_80 bfloat16 lowrank_gemm dx pointers",
-    "sm_90 bfloat16 lowrank_gemm forward tma r16 x1",
+    "sm_90 bfloat16 lowrank_gemm forward tma r16 x3",
     "sm_100 bfloat16 lowrank_gemm forward tma residual",
     "sm_90 bfloat16 prologue_backward swiglu r64",
     "sm_90 float16 ddown none r128",
@@ -23,8 +23,8 @@ COMPILED = (
     "sm_90 bfloat16 prefix_backward",
     "sm_90 float16 post_adapter r64",
     "sm_90 bfloat16 cross_entropy",
-    "gfx942 bfloat16 lowrank_gemm forward pointers r16 x1",
-    "sm_90 bfloat16 lowrank_gemm gluon forward r16 x1",
+    "gfx942 bfloat16 lowrank_gemm forward pointers r16 x3",
+    "sm_90 bfloat16 lowrank_gemm gluon forward r8 x3",
 )
 # Beside them, as many as this of the launches whose shared memory comes nearest to their device's limit.
 NEAREST = 6

@@ -11,9 +11,9 @@ from mmpeft_fast import add_peft, fuse, provider
 from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.plan.counting import attention_flops
-from mmpeft_fast.plan.inputs import num_supervised, training_batch
 from mmpeft_fast.plan.request import DTYPES, Request
 from tests.tiny_models import VOCABULARY, token_id
 
@@ -84,7 +84,7 @@ def measured_step(request: Request) -> Measured:
         model = fuse(add_peft(model, method, train_connector="connector" in request.train))
     model.train()
     inputs = training_batch(
-        config, Real(), batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
+        config, Real().empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
         supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
     )  # fmt: skip
     if request.implementation == "fused":

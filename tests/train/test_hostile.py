@@ -393,6 +393,7 @@ def continuations(rng, tools):
         "model.trained_values": lambda: {"model": _lora(fresh()).requires_grad_(True)},
         "data": lambda: {"dataset": rng.choice((other_order, other_text, other_image))()},
         "num_samples": lambda: {"dataset": run["dataset"][:-1]},
+        "collator.loss": lambda: {"collator": collator(loss="answers")},
         "collator.padding_side": lambda: {"collator": collator(padding_side="left")},
         "collator.max_length": lambda: {"collator": collator(max_length=500)},
         **{

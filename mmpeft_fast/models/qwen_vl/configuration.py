@@ -32,6 +32,11 @@ class QwenVLVisionConfig(PretrainedConfig):
         n_queries: int | None = None,
         **kwargs,
     ):
+        if n_queries is not None and num_queries not in (256, n_queries):
+            raise ValueError(
+                f"QwenVLVisionConfig: expected one number of queries, got num_queries {num_queries} and n_queries "
+                f"{n_queries}"
+            )
         num_queries = num_queries if n_queries is None else n_queries
         if image_size % patch_size or width % heads or output_dim % 128 or round(num_queries**0.5) ** 2 != num_queries:
             raise ValueError(

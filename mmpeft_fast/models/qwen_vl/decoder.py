@@ -44,10 +44,10 @@ class QwenVLRotaryEmbedding(nn.Module):
         columns: Tensor | None = None,
         logn_length: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Cosines and sines [B, T, DH] in x's dtype, and with `columns` [1, T] the scales max(1, log_n(column + 1))
-        [1, T, 1] of the queries, n = `logn_length`. The publisher scales by the column in the padded batch, cached keys
-        included, whatever the positions are. position_ids: [B, T]; ntk_alpha: the base is multiplied by
-        alpha^(DH / (DH - 2))."""
+        """Cosines and sines [B, T, DH] in float32 whatever x's dtype (float64 for float64), as the publisher rotates;
+        and with `columns` [1, T] the scales max(1, log_n(column + 1)) [1, T, 1] of the queries, n = `logn_length`. The
+        publisher scales by the column in the padded batch, cached keys included, whatever the positions are.
+        position_ids: [B, T]; ntk_alpha: the base is multiplied by alpha^(DH / (DH - 2))."""
         wide = accumulate_dtype(x.dtype)
         base = self.base * ntk_alpha ** (self.dim / (self.dim - 2))
         inv_freq = base ** (-torch.arange(0, self.dim, 2, device=x.device, dtype=wide) / self.dim)
@@ -56,7 +56,7 @@ class QwenVLRotaryEmbedding(nn.Module):
         scale = None
         if columns is not None:
             scale = (torch.log(columns[..., None].to(wide) + 1) / math.log(logn_length)).clamp(min=1.0)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype), scale
+        return angles.cos(), angles.sin(), scale
 
 
 class QwenVLAttention(nn.Module):

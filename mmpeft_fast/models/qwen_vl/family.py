@@ -9,7 +9,8 @@ from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig
 from mmpeft_fast.models.qwen_vl.images import image_processor
 from mmpeft_fast.models.qwen_vl.modeling import QwenVLForConditionalGeneration
 from mmpeft_fast.models.qwen_vl.processor import QwenVLProcessor
-from mmpeft_fast.models.qwen_vl.tokenizer import CHAT_TEMPLATE, IMAGE_END, IMAGE_PAD, IMAGE_START
+from mmpeft_fast.models.qwen_vl.tokenizer import CHAT_TEMPLATE
+from mmpeft_fast.models.qwen_vl.tokens import IMAGE_END, IMAGE_PAD, IMAGE_START, TURN_END, TURN_START
 
 _TINY_IMAGE_SIZE = 64
 _TINY_NUM_QUERIES = 16
@@ -37,7 +38,7 @@ def _tiny_config(vocab_size: int, token_id) -> QwenVLConfig:
             "image_start_id": token_id(IMAGE_START),
         },
         pad_token_id=token_id("<pad>"),
-        eos_token_id=token_id("<|im_end|>"),
+        eos_token_id=token_id(TURN_END),
     )
 
 
@@ -74,7 +75,7 @@ QWEN_VL = Family(
     sizes={"qwen-vl-chat": QwenVLConfig},
     tiny_config=_tiny_config,
     tiny_processor=_tiny_processor,
-    special_tokens=("<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_PAD),
+    special_tokens=(TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_PAD),
     chat_template=CHAT_TEMPLATE,
     method_settings={
         "lora": {"targets": ("qkv", "o", "gate", "up")},

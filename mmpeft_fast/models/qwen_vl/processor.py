@@ -1,27 +1,25 @@
 """Text and images to Qwen-VL's inputs."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig
-from mmpeft_fast.models.qwen_vl.images import image_processor, opaque, path_bytes, read_image
-from mmpeft_fast.models.qwen_vl.tokenizer import (
-    IMAGE_END,
-    IMAGE_PAD,
-    IMAGE_START,
-    VOCABULARY_FILE,
-    load_tokenizer,
-    normalised,
+from mmpeft_fast.models.qwen_vl.chat import (
+    SPAN,
+    EncodedChat,
+    conversations_of,
+    encode_batch,
+    encode_chats,
+    paths_in,
+    with_shown_paths,
 )
-
-_SPAN = re.compile(f"{IMAGE_START}(.*?){IMAGE_END}", re.DOTALL)
+from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig
+from mmpeft_fast.models.qwen_vl.images import QwenVLImageProcessor, image_processor, path_bytes, read_image
+from mmpeft_fast.models.qwen_vl.tokenizer import VOCABULARY_FILE, QwenVLTokenizer, load_tokenizer
+from mmpeft_fast.models.qwen_vl.tokens import IMAGE_END, IMAGE_PAD, IMAGE_START, normalised
 
 
 class QwenVLProcessor(ProcessorMixin):
@@ -43,9 +41,14 @@ class QwenVLProcessor(ProcessorMixin):
         """From what `save_pretrained` wrote, or from the publisher's `qwen.tiktoken` and `config.json`."""
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / VOCABULARY_FILE).is_file():
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+            tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            images = QwenVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            template = settings.get("chat_template")
+            return cls(images, tokenizer, chat_template=template, num_queries=settings["num_queries"])
         visual = QwenVLConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).visual
-        tokenizer = load_tokenizer(cached_file(pretrained_model_name_or_path, VOCABULARY_FILE, **kwargs))
+        path = cached_file(pretrained_model_name_or_path, VOCABULARY_FILE, **kwargs)
+        tokenizer = load_tokenizer(path, num_queries=visual.num_queries)
         return cls(image_processor(visual.image_size), tokenizer, num_queries=visual.num_queries)
 
     def __call__(
@@ -74,30 +77,63 @@ class QwenVLProcessor(ProcessorMixin):
             raise ValueError("QwenVLProcessor: expected a text, got none")
         # The publisher normalises the whole text, paths included.
         texts = [normalised(one) for one in ([text] if isinstance(text, str) else text)]
-        inner = [[span.replace(IMAGE_PAD, "") for span in _SPAN.findall(one)] for one in texts]
-        paths = [path for spans in inner for path in spans]
-        images = self._images(None if images is None else list(_flat(images)), paths)
+        inner = [paths_in(one) for one in texts]
+        images = self._images(images, [path for spans in inner for path in spans])
 
         filled = f"{IMAGE_START}{IMAGE_PAD * self.num_queries}{IMAGE_END}"
         options = {**kwargs, **(text_kwargs or {}), "return_tensors": None}
-        replaced = options.pop("return_text_replacement_offsets", False)
-        encoded = self.tokenizer([_SPAN.sub(filled, one) for one in texts], **options)
+        encoded = self.tokenizer([SPAN.sub(filled, one) for one in texts], **options)
         for ids, spans in zip(encoded["input_ids"], inner, strict=True):
             self._write_paths(ids, spans)
         data = dict(encoded)
-        if replaced:
-            data["text_replacement_offsets"] = [_replacements(one, len(filled)) for one in texts]
         if images:
-            images = [opaque(image) if isinstance(image, Image.Image) else image for image in images]
             data |= self.image_processor(images, **{"return_tensors": return_tensors, **(images_kwargs or {})})
-        tensors = {name: value for name, value in data.items() if name != "text_replacement_offsets"}
-        result = BatchFeature(tensors, tensor_type=return_tensors)
-        if replaced:
-            result["text_replacement_offsets"] = data["text_replacement_offsets"]
-        return result
+        return BatchFeature(data, tensor_type=return_tensors)
 
-    def _images(self, given: list | None, paths: list[str]) -> list:
+    def encode_chat(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = False) -> EncodedChat:
+        """Ids of a conversation and what counts in the loss, see `chat.encode_chats`."""
+        (chat,) = encode_chats(
+            self.tokenizer, [messages], num_queries=self.num_queries, add_generation_prompt=add_generation_prompt
+        )
+        return chat
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict | None = None,
+        loss: str = "publisher",
+        **kwargs,
+    ):
+        """As transformers' own; `assistant_masks` is the mask that `loss` names, "publisher" or "answers"."""
+        prompt = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        if not tokenize:
+            return super().apply_chat_template(conversation, chat_template, tokenize=False, **prompt, **kwargs)
+        conversations, _ = conversations_of(conversation)
+        chats = encode_chats(self.tokenizer, conversations, num_queries=self.num_queries, **prompt)
+        given = [image for messages in conversations for message in messages for image in _images_of(message)]
+        images = self._images(given, [path for chat in chats for path in chat.paths])
+        options = {**kwargs, **(processor_kwargs or {})}
+        images_options = {"return_tensors": return_tensors, **options.pop("images_kwargs", {})}
+        options |= options.pop("text_kwargs", {})
+        return_tensors = None if return_tensors == "auto" else return_tensors
+        mask = loss if return_assistant_tokens_mask else None
+        encoded = encode_batch(self.tokenizer, chats, return_tensors=return_tensors, mask=mask, **options)
+        if not return_dict:
+            return encoded["input_ids"]
+        pixels = self.image_processor(images, **images_options) if images else {}
+        return BatchFeature({**encoded, **pixels})
+
+    def _images(self, given, paths: list[str]) -> list:
         """An image for each span."""
+        given = None if given is None else list(_flat(given))
         if given is not None and len(given) == len(paths):
             return given
         missing = sum(not path for path in paths)
@@ -119,28 +155,11 @@ class QwenVLProcessor(ProcessorMixin):
 
     def decode(self, token_ids, *args, **kwargs) -> str:
         """As the tokenizer's, but a span shows the path that it holds: `<img>PATH</img>`."""
-        ids, shown = [int(token) for token in token_ids], []
-        while self.image_start_id in ids:
-            start = ids.index(self.image_start_id)
-            end = start + 1 + self.num_queries
-            span = [token for token in ids[start + 1 : end] if token != self.image_token_id]
-            if not all(token < 256 for token in span):
-                break
-            shown += ids[: start + 1] + self.tokenizer(bytes(span).decode(errors="replace"))["input_ids"]
-            ids = ids[end:]
-        return self.tokenizer.decode(shown + ids, *args, **kwargs)
+        shown = with_shown_paths(self.tokenizer, token_ids, self.num_queries)
+        return self.tokenizer.decode(shown, *args, **kwargs)
 
     def batch_decode(self, sequences, *args, **kwargs) -> list[str]:
         return [self.decode(ids, *args, **kwargs) for ids in sequences]
-
-    def publisher_loss(self, input_ids: Tensor, answers: Tensor) -> Tensor:
-        """Which tokens [T] count in the publisher's fine-tuning, from those that belong to answers: these, and in every
-        turn both ChatML markers and the newline behind it."""
-        start, end = (
-            input_ids == token for token in self.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        )
-        behind = torch.cat((torch.zeros_like(end[:1]), end[:-1]))
-        return answers | start | end | behind
 
     @property
     def model_input_names(self) -> list[str]:
@@ -155,11 +174,8 @@ def _flat(images):
         yield images
 
 
-def _replacements(text: str, length: int) -> list[dict]:
-    """Where spans stood and stand, as transformers' chat templates ask for it."""
-    offsets, shift = [], 0
-    for match in _SPAN.finditer(text):
-        start, end = match.span()
-        offsets.append({"span": (start, end), "new_span": (start + shift, start + shift + length)})
-        shift += length - (end - start)
-    return offsets
+def _images_of(message: Mapping) -> Iterator:
+    """The images of a message's parts that are given otherwise than by a path."""
+    for part in message["content"] if not isinstance(message["content"], str) else ():
+        if part["type"] == "image" and not isinstance(part.get("path"), str):
+            yield from (part[key] for key in ("image", "url", "base64") if key in part)

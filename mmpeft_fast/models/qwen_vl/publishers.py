@@ -41,7 +41,7 @@ def is_publishers(model: nn.Module) -> bool:
 
 @functools.cache
 def _in_front(ours: type, theirs: type) -> type:
-    namespace = {"_swapped_from": theirs, "__module__": theirs.__module__}
+    namespace = {"_swapped_from": theirs, "_maker": (_in_front, (ours, theirs)), "__module__": theirs.__module__}
     if issubclass(ours, PreTrainedModel):
         # What transformers defines and the publisher overrides follows the conventions of its time; `generate` only
         # adds stop words to transformers' own.

@@ -5,63 +5,85 @@ lowest rank first, so the merges are all splits of each token into two tokens, i
 """
 
 import base64
-import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from mmpeft_fast.models.qwen_vl.chat import SYSTEM, conversations_of, encode_batch, encode_chats, with_shown_paths
+from mmpeft_fast.models.qwen_vl.tokens import SPECIAL_TOKENS, TURN_END, normalised
 
 VOCABULARY_FILE = "qwen.tiktoken"
-IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
-# They take the ids behind the ranks, in this order.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-    "<quad>",
-    "</quad>",
-    IMAGE_START,
-    IMAGE_END,
-    IMAGE_PAD,
-)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML. What the publisher's and the study's fine-tuning count in the loss is inside `generation`: of every turn both
-# markers and the newline behind it, and an assistant's text; not the role, nor the newline after it. The very first
-# marker is nobody's next token and stays outside. An image part is
-# `<img>PATH</img>`, or a placeholder where it has no path.
-_START = "{% generation %}<|im_start|>{% endgeneration %}"
-_END = "{% generation %}<|im_end|>{{ '\\n' }}{% endgeneration %}"
+# The same ChatML as text. Ids and what counts in the loss are `chat.encode_chats`'s: tokenised from this text a content
+# that begins with a newline would merge with the newline after its role. An image part is `<img>PATH</img>`, or a
+# placeholder where it has no path.
 CHAT_TEMPLATE = (
     "{% set images = namespace(count=0) %}"
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant." + _END + "{% endif %}"
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] == 'system' %}<|im_start|>{% else %}"
-    + _START
-    + "{% endif %}{{ message['role'] }}{{ '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{% endgeneration %}"
-    "{% elif message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}{{ '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{% set images.count = images.count + 1 %}"
     "Picture {{ images.count }}: <img>{{ part['path'] if part['path'] is string else '<imgpad>' }}</img>\n"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}" + _END + "{% endfor %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def normalised(text: str) -> str:
-    """NFC, as the publisher's tokenizer begins; halves of surrogate pairs are joined, alone they become U+FFFD."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unicodedata.normalize("NFC", whole)
+class QwenVLTokenizer(PreTrainedTokenizerFast):
+    """Text to ids and back; conversations by `chat.encode_chats`. `num_queries`: ids of an image span."""
+
+    # Without an `__init__` of its own: transformers rebuilds the backend of classes that have one.
+    @property
+    def num_queries(self) -> int:
+        return self.init_kwargs.get("num_queries", 256)
+
+    def _encode_plus(self, text, text_pair=None, **kwargs):
+        return super()._encode_plus(text=_normalised(text), text_pair=_normalised(text_pair), **kwargs)
+
+    def _decode(self, token_ids, *args, **kwargs) -> str:
+        """A prompt shows `<img>PATH</img>`, not the bytes of the path and the padding."""
+        ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
+        ids = [ids] if isinstance(ids, int) else ids
+        return super()._decode(with_shown_paths(self, ids, self.num_queries), *args, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        *args,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        return_tensors: str | None = None,
+        tokenizer_kwargs: dict | None = None,
+        loss: str = "publisher",
+        **kwargs,
+    ):
+        """As transformers' own; `assistant_masks` is the mask that `loss` names, "publisher" or "answers"."""
+        prompt = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        if not tokenize:
+            return super().apply_chat_template(conversation, *args, tokenize=False, **prompt, **kwargs)
+        conversations, is_batch = conversations_of(conversation)
+        chats = encode_chats(self, conversations, num_queries=self.num_queries, **prompt)
+        mask = loss if return_assistant_tokens_mask else None
+        options = {**kwargs, **(tokenizer_kwargs or {})}
+        encoded = encode_batch(self, chats, return_tensors=return_tensors, mask=mask, **options)
+        if not is_batch and return_tensors is None:
+            encoded = BatchEncoding({name: rows[0] for name, rows in encoded.items()})
+        return encoded if return_dict else encoded["input_ids"]
+
+
+def _normalised(text):
+    """Every text in (lists of) texts."""
+    if isinstance(text, str):
+        return normalised(text)
+    return text if text is None else type(text)(_normalised(one) for one in text)
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
@@ -103,7 +125,7 @@ def _splits(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, b
             yield token[:cut], token[cut:]
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, *, num_queries: int = 256) -> QwenVLTokenizer:
     """The fast tokenizer of a `qwen.tiktoken` file, with ChatML as its chat template.
 
     Padding is `<|endoftext|>`, as in the publisher's fine-tuning; a turn ends with `<|im_end|>`.
@@ -131,11 +153,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
+    return QwenVLTokenizer(
         tokenizer_object=backend,
-        eos_token="<|im_end|>",
+        num_queries=num_queries,
+        eos_token=TURN_END,
         pad_token="<|endoftext|>",
-        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (TURN_END, "<|endoftext|>")],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

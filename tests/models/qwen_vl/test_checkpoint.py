@@ -134,6 +134,10 @@ def test_published_configuration(tmp_path):
         ({"rotary_pct": 0.25}, "rotary_pct 0.25"),
         ({"kv_channels": 64}, "hidden_size 4096, 32 heads of 64"),
         ({"visual": {"output_dim": 1024}}, "output_dim 1024"),
+        (
+            {"visual": {"num_queries": 16, "n_queries": 64}},
+            "one number of queries, got num_queries 16 and n_queries 64",
+        ),
         ({"visual": {"patch_size": 15}}, "expected an image of whole patches"),
     ],
 )

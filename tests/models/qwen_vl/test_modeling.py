@@ -2,14 +2,18 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from mmpeft_fast import LoRA, add_peft, fuse
+from mmpeft_fast import LoRA, add_peft, fuse, provider
+from mmpeft_fast.models.qwen_vl.decoder import QwenVLRotaryEmbedding
 from mmpeft_fast.models.qwen_vl.vision import resized_positions, sincos_positions
+from mmpeft_fast.ops.attention import HeadTransform, attention, attention_ref, transform_heads
+from mmpeft_fast.ops.rotary import rotate
 from tests.closeness import assert_as_close_as_eager, assert_exact
 from tests.models.qwen_vl import reference
 from tests.tiny_models import first_text_token, loss_and_grads, randomize_trainable, tiny_batch, tiny_model, token_id
@@ -179,6 +183,52 @@ def test_logn_goes_by_the_column(short, fused):
         expected = model(input_ids=ids).logits
         model = fuse(model) if fused else model
         assert_exact(model(input_ids=ids, position_ids=torch.arange(20)[None] + 30).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["to", "autocast"])
+def test_rotary_tables_are_float32(kind):
+    """The publisher rotates in float32 and rounds once. Far out, tables in bf16 would be off by their own rounding."""
+    model = tiny_model("qwen_vl", num_layers=1).eval()
+    seen = []
+    model.transformer.h[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
+    )
+    ids, positions = random_text(20)[None], torch.arange(20)[None] + 5000
+    context = nullcontext() if kind == "to" else torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), context:
+        (model.to(torch.bfloat16) if kind == "to" else model)(input_ids=ids, position_ids=positions)
+    cos, sin = seen[0]
+    assert cos.dtype == sin.dtype == torch.float32
+    one = torch.eye(64, dtype=torch.float64)[:1].expand(20, -1)  # rotated by the first frequency, which is 1
+    truth = reference.rotate_heads(one, positions[0].tolist())
+    assert_as_close_as_eager(cos[0, :, 0], truth[:, 0].float(), truth[:, 0])
+    assert_as_close_as_eager(sin[0, :, 0], truth[:, 32].float(), truth[:, 32])
+
+
+@pytest.mark.parametrize("provider_name", ["torch", "cpu"])
+def test_attention_rotates_in_float32_and_rounds_once(provider_name):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 64, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+    rotary = QwenVLRotaryEmbedding(32, 10000.0)
+    cos, sin, _ = rotary(q, torch.arange(9)[None] + 500)
+    heads = transform_heads(q, HeadTransform(), cos, sin, 32, 1e-6)
+    expected = rotate(q.float().unflatten(-1, (-1, 32)), cos[:, :, None], sin[:, :, None]).bfloat16().transpose(1, 2)
+    assert heads.dtype == torch.bfloat16 and torch.equal(heads, expected)
+
+    def run(function, parts, *angles):
+        parts = [part.detach().requires_grad_() for part in parts]
+        out = function(*parts, *angles, head_dim=32)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(part.grad for part in parts)]
+
+    wide = rotary(q.double(), torch.arange(9)[None] + 500)[:2]
+    truth = run(attention_ref, [q.double(), k.double(), v.double()], *wide)
+    eager = run(attention_ref, [q, k, v], cos, sin)
+    with provider(provider_name):
+        got = run(attention, [q, k, v], cos, sin)
+    for one, of_eager, right in zip(got, eager, truth, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_as_close_as_eager(one, of_eager, right)
 
 
 def test_a_prompt_in_chunks_is_refused(short):

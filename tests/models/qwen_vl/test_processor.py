@@ -124,7 +124,6 @@ def test_from_the_publishers_files(vocabulary, image, tmp_path):
     assert processor.num_queries == 256 and len(processor.tokenizer) == len(vocabulary.ranks) + 217
 
 
-@pytest.mark.skipif(IS_OLD, reason="this transformers computes assistant masks before images are expanded")
 def test_chat_with_images_and_loss_mask(processor, image):
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "is it?"}]},
@@ -134,7 +133,7 @@ def test_chat_with_images_and_loss_mask(processor, image):
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     counted = [i for i, one in zip(encoded["input_ids"][0], encoded["assistant_masks"][0], strict=True) if one]
-    assert processor.tokenizer.decode(counted) == "<|im_end|>\n" + TURN + "<|im_start|>ab<|im_end|>\n"
+    assert processor.tokenizer.decode(counted) == TURN + TURN + "<|im_start|>ab<|im_end|>\n"
     assert np.asarray(encoded["pixel_values"]).shape == (1, 3, 448, 448)
 
 
@@ -193,3 +192,78 @@ def test_decoding_shows_the_path(processor, image, tmp_path, monkeypatch):
         text = f"ab <img>{name}</img>\nis it?"
         ids = processor(None if name else image, text, return_tensors="pt")["input_ids"]
         assert processor.decode(ids[0]) == text and processor.batch_decode(ids) == [text]
+
+
+def rgba(mode):
+    noise = np.random.default_rng(2).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    return Image.fromarray(noise, "RGBA") if mode == "RGBA" else Image.fromarray(noise[..., :2], "LA")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped_from_arrays_tensors_and_by_the_image_processor(processor, mode, tmp_path):
+    image = rgba(mode)
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    first = np.moveaxis(array, -1, 0)
+    ways = {
+        "pil": image, "path": str(tmp_path / "a.png"), "array": array, "channels first": first,
+        "tensor": torch.from_numpy(first.copy()), "tensor, channels last": torch.from_numpy(array.copy()),
+    }  # fmt: skip
+    for way, given in ways.items():
+        direct = processor.image_processor(given, return_tensors="pt")["pixel_values"]
+        through = processor(given, "<img></img>", return_tensors="pt")["pixel_values"]
+        part = {"type": "image", "path": given} if way == "path" else {"type": "image", "image": given}
+        chat = [{"role": "user", "content": [part]}]
+        templated = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        for pixels in (direct, through, templated["pixel_values"]):
+            np.testing.assert_allclose(pixels[0].numpy(), expected_pixels(image, 448), rtol=0, atol=2e-6, err_msg=way)
+
+
+def test_images_are_not_turned_by_their_orientation(processor, image, tmp_path):
+    """The publisher's `Image.open(path).convert("RGB")` takes the pixels as they lie in the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = str(tmp_path / "a.png")
+    image.save(path, exif=exif)
+    expected = expected_pixels(image, 448)
+    chats = [[{"role": "user", "content": [{"type": "image", key: path}]}] for key in ("path", "image", "url")]
+    several = [processor.apply_chat_template(one, tokenize=True, return_dict=True) for one in chats]
+    opened = Image.open(path)
+    for encoded in (*several, processor(None, f"<img>{path}</img>"), processor(opened, "<img></img>"),
+                    processor.image_processor(path), processor.image_processor(opened)):  # fmt: skip
+        np.testing.assert_allclose(np.asarray(encoded["pixel_values"][0]), expected, rtol=0, atol=2e-6)
+
+
+def test_a_text_with_an_image_tag_of_its_own_is_refused(processor):
+    for question in ("<img>b.png</img>", "<img></img>", "<imgpad>"):
+        with pytest.raises(ValueError, match="expected 0 <imgpad> in the templated text, found 1"):
+            Collator(processor)([Sample(id="0", questions=(question,), answers=("ab",))])
+    with pytest.raises(ValueError, match="expected </img> behind each <img>"):
+        Collator(processor)([Sample(id="0", questions=("<img>b.png",), answers=("ab",))])
+
+
+def test_prompts_of_the_collator_take_written_markers_as_text(processor):
+    sample = Sample(id="0", questions=("a<|im_end|>\n<|im_start|>",), answers=("b<|im_end|>",))
+    end = special(processor, "<|im_end|>")[0]
+    collator = Collator(processor)
+    assert (collator.encode_prompt(sample)["input_ids"] == end).sum() == 2  # of system and user
+    assert (collator([sample])["input_ids"] == end).sum() == 5
+
+
+def test_what_is_cut(processor):
+    """The publisher's fine-tuning keeps a sample whose answers are cut; where answers alone count it is refused."""
+    sample = Sample(id="0", questions=("ab " * 50,), answers=("no",))
+    whole = Collator(processor)([sample])
+    cut = Collator(processor, max_length=40)([sample])
+    for name in ("input_ids", "labels"):
+        assert torch.equal(cut[name], whole[name][:, :40])
+    assert cut["supervised_capacity"] == (whole["labels"][0, 1:40] != IGNORE_INDEX).sum() > 0
+    with pytest.raises(ValueError, match="expected an answer to begin within max_length 40"):
+        Collator(processor, max_length=40, loss="answers")([sample])
+    with pytest.raises(ValueError, match="expected what counts to begin within max_length 2"):
+        Collator(processor, max_length=2)([sample])
+
+
+def test_a_path_with_a_lone_surrogate_is_one_sentence(processor):
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        processor(None, "<img>a\ud800.png</img>")

@@ -1,14 +1,13 @@
 """A training batch for a model of any family: real token ids, labels and image grids, placeholder pixels."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-from mmpeft_fast.plan.placeholders import Placeholders
 
 # Side of the square images of families that take any size: 256 tokens at a patch of 14 merged 2 x 2; what LLaVA-NeXT
 # sees in four tiles.
@@ -84,7 +83,7 @@ def num_supervised(seq_len: int, supervised_fraction: float) -> int:
 
 def training_batch(
     config: PretrainedConfig,
-    place: Placeholders,
+    empty: Callable[..., Tensor],
     *,
     batch_size: int,
     seq_len: int,
@@ -96,6 +95,8 @@ def training_batch(
     """The model's keyword arguments for `batch_size` samples of `seq_len` tokens without padding: text, `images` images
     each with a text token before it, text, and at the end the supervised tokens.
 
+    empty: makes the pixels: (*sizes, dtype=...) -> a tensor.
+
     Raises:
         ValueError: the images do not fit into the length.
     """
@@ -105,7 +106,7 @@ def training_batch(
         raise ValueError(
             f"seq_len: expected at least {needed} tokens for {images} images of {len(shape.ids)} tokens, got {seq_len}"
         )
-    special = _special_tokens(config) | set(shape.ids)
+    special = special_tokens(config) | set(shape.ids)
     text = next(token for token in range(_TEXT_TOKEN, _TEXT_TOKEN + len(special) + 1) if token not in special)
     ids = torch.full((batch_size, seq_len), text)
     for i in range(images):
@@ -118,15 +119,15 @@ def training_batch(
     if not images:
         return batch
     if shape.tiles is not None:
-        pixels = place.empty(count, shape.tiles, 3, shape.side, shape.side, dtype=dtype)
+        pixels = empty(count, shape.tiles, 3, shape.side, shape.side, dtype=dtype)
         return batch | {"pixel_values": pixels, "image_sizes": torch.tensor([shape.image_size] * count)}
     if shape.grid is None:
-        return batch | {"pixel_values": place.empty(count, 3, shape.side, shape.side, dtype=dtype)}
+        return batch | {"pixel_values": empty(count, 3, shape.side, shape.side, dtype=dtype)}
     vision = config.vision_config
     patch = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
     rows = count * shape.grid[0] * shape.grid[1]
     return batch | {
-        "pixel_values": place.empty(rows, patch, dtype=dtype),
+        "pixel_values": empty(rows, patch, dtype=dtype),
         "image_grid_thw": torch.tensor([[1, *shape.grid]] * count),
         "mm_token_type_ids": (ids == shape.ids[0]).int(),
     }
@@ -137,6 +138,7 @@ def least_length(shape: ImageShape, images: int) -> int:
     return max(2, images * (len(shape.ids) + 1) + 1)
 
 
-def _special_tokens(config: PretrainedConfig) -> set[int]:
+def special_tokens(config: PretrainedConfig) -> set[int]:
+    """Token ids that a configuration names."""
     named = [value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))]
     return {token for value in named for token in (value if isinstance(value, list) else [value])}
