@@ -171,9 +171,9 @@ _B200_FLASH = (
     _Share(value=0.17, source="assumed: FlashAttention-2 was not written for it"),
 )
 _LAUNCH_S = 1e-6  # assumed
-# Shares of a copy, milliseconds by kernel of the frozen model's profile over the planner's bytes.
+# Shares of a copy: milliseconds by kernel of the frozen model's profile over the planner's bytes.
 _REGULAR, _IRREGULAR = 0.9, 0.4
-# The host of the H200's rows, a slow one; a usual one is 2.5 times as fast (bench/results/nvidia-h200/README.md).
+# The host of the H200's rows, a slow one. A usual one is taken to be 2.5 times as fast.
 _SLOW_HOST_S = {"forward": 30e-6, "backward": 12e-6, "triton": 160e-6, "graph": 1e-6}
 _HOST_S = {kind: seconds / 2.5 for kind, seconds in _SLOW_HOST_S.items()}
 _RESERVE_BYTES = GIB  # CUDA context, library workspaces and what the allocator cannot use; assumed
