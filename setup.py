@@ -99,7 +99,7 @@ setup(
     package_data={
         "mmpeft_fast.study": ["*.css"],
         "mmpeft_fast.layers": ["*.json"],
-        "mmpeft_kernels": ["*.json", "tuned/*.json"],
+        "mmpeft_kernels": ["*.json", "rates/*.json", "tuned/*.json"],
     },
     **build_options(),
 )

@@ -4,8 +4,13 @@ from bench.gpu.repository import make_importable
 
 if __name__ == "__main__":
     make_importable()
-    if sys.argv[1:2] == ["table"]:
+    word, arguments = sys.argv[1:2], sys.argv[2:]
+    if word == ["table"]:
         from bench.gpu.tuned import main
+    elif word == ["rates"]:
+        from bench.gpu.rates import main
     else:
         from bench.gpu.command import main
-    sys.exit(main(sys.argv[1 + (sys.argv[1:2] == ["table"]) :]))
+
+        arguments = sys.argv[1:]
+    sys.exit(main(arguments))

@@ -16,7 +16,7 @@ examples:
 
 Nothing is downloaded and no device is needed: the real model code runs at full size on tensors without memory.
 """
-_PLAIN = ("model", "method", "implementation", "batch_size", "seq_len", "images", "image_size", "dtype")
+_PLAIN = ("model", "method", "implementation", "batch_size", "seq_len", "images", "image_size", "dtype", "optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="added parameters in float32, else in --dtype (default: float32)",
     )  # fmt: skip
 
+    step.add_argument(
+        "--optimizer", default="foreach", help="AdamW as torch chooses on a GPU (foreach), or fused (default: foreach)"
+    )
+
     device = parser.add_argument_group("the device")
     device.add_argument(
         "--device", default="h100", metavar="NAME|FILE",
-        help="a100-40, a100-80, h100, h200, b200, l40s, rtx-4090, cpu, or a profile's file (default: h100)",
+        help="a100-40, a100-80, h100, b200, l40s, rtx-4090, cpu: from data sheets; h200: as measured, on a slow host; "
+        "h200-usual-host: on one 2.5 times as fast; or a profile's file (default: h100)",
     )  # fmt: skip
     device.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="measure --device cuda or cpu here and write its profile"

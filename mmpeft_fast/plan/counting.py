@@ -1,7 +1,7 @@
 """Counting what a step launches: FLOPs, bytes moved and launches of every op, by part and phase.
 
 FLOPs follow torch's FlopCounterMode: 2 M N K for a product, attention without regard to causality. An op moves its
-operands once: what it reads plus what it writes. Views and allocations are free.
+operands once: what it reads plus what it writes. Views, allocations and ops on nothing are free.
 """
 
 from collections import Counter
@@ -25,15 +25,31 @@ _FREE = frozenset(
 # Ops that read only as much of their first operand as they write.
 _SELECTING = frozenset(("embedding", "gather", "index", "index_select"))
 _OVERWRITING = frozenset(("copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "bernoulli_"))
+# The kernel whose products are the gradients of weights in calls where another one makes the other products, and
+# kernels that add up what others left.
+_OF_WEIGHTS = "_ddown_kernel"
+_SUMS = ("_sum_kernel", "_finish_kernel")
 # Products in place, which the registry of FLOP rules does not know.
 _OUT_OF_PLACE = {"addmm_": torch.ops.aten.addmm, "baddbmm_": torch.ops.aten.baddbmm}
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel inside a call of the kernel set; kernel: the name of the Triton kernel or of torch's op.
+
+    flops: of its products, those of the whole call that it makes.
+    """
+
+    kernel: str
+    bytes: int
+    is_triton: bool
+    flops: int = 0
 
 
 class Work(NamedTuple):
     """One launch, or one call of the kernel set with the launches it makes.
 
-    kind: gemm, attention, attention_backward or memory; weight_flops: those of `flops` that make gradients of weights;
-    causal: half of attention's scores are needed.
+    kind: gemm, attention, attention_backward, memory or irregular; weight_flops: those of `flops` that make gradients
+    of weights; causal: half of attention's scores are needed; inside: the launches of a call of the kernel set.
     """
 
     part: str
@@ -46,6 +62,7 @@ class Work(NamedTuple):
     launches: int
     weight_flops: int = 0
     causal: bool = False
+    inside: tuple[Launch, ...] = ()
 
 
 def moved_bytes(tensor: Tensor) -> int:
@@ -115,13 +132,51 @@ def is_free(func) -> bool:
 _is_free: dict[object, bool] = {}
 
 
-def kind_of(op: str, flops: int) -> str:
-    """Which of a device's rates an op runs at: attention, attention_backward, gemm or memory."""
+def kind_of(op: str, flops: int, *, is_regular: bool = True) -> str:
+    """Which of a device's rates an op runs at: attention, attention_backward, gemm, memory or irregular."""
     if op in ATTENTION_OPS:
         return "attention"
     if op in ATTENTION_BACKWARD_OPS:
         return "attention_backward"
-    return "gemm" if flops else "memory"
+    if flops:
+        return "gemm"
+    return "memory" if is_regular else "irregular"
+
+
+def is_regular(operands: list[Tensor]) -> bool:
+    """Whether an op walks through all its operands in one line, as torch's vectorised kernels need it: they have one
+    shape and lie in memory in one order, and none is read in a narrower dtype than the result's (torch converts such
+    element by element). Numbers as tensors do not count; gathers, reductions and joined tensors are irregular."""
+    whole = [tensor for tensor in operands if tensor.numel() > 1]
+    if not whole:
+        return True
+    shapes = {(tensor.shape, tensor.stride()) for tensor in whole}
+    widths = [tensor.element_size() for tensor in whole if tensor.dtype != torch.bool]
+    return len(shapes) == 1 and _is_dense(whole[0]) and (not widths or min(widths) >= widths[-1])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill their memory, each once, in any order of dimensions."""
+    filled = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1 and stride != filled:
+            return False
+        filled *= length
+    return True
+
+
+def _with_products(launched: list[Launch], flops: int, of_weights: int) -> tuple[Launch, ...]:
+    """The launches of a call with its FLOPs. Torch's ops have theirs; of what is left, the products of weights'
+    gradients go to the kernel that makes them alone, the rest to the first of the other Triton kernels."""
+    left = flops - sum(each.flops for each in launched)
+    apart = [i for i, each in enumerate(launched) if each.kernel == _OF_WEIGHTS]
+    others = [i for i, each in enumerate(launched) if each.is_triton and each.kernel not in (_OF_WEIGHTS, *_SUMS)]
+    found = list(launched)
+    for i in apart:
+        found[i] = found[i]._replace(flops=(min(of_weights, left) if others else left) // len(apart))
+    if others:
+        found[others[0]] = found[others[0]]._replace(flops=left - (min(of_weights, left) if apart else 0))
+    return tuple(found)
 
 
 def is_causal(func, args: tuple, kwargs: dict) -> bool:
@@ -148,14 +203,19 @@ class FlopSum(TorchDispatchMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the work that runs inside: `works` has every distinct `Work` and how often it ran."""
+    """Counts the work that runs inside: `sequence` has every piece of it in the order in which it was queued."""
 
     def __init__(self, regions: Regions):
         super().__init__()
-        self.works: Counter[Work] = Counter()
+        self.sequence: list[Work] = []
         self.regions = regions
         self._phase: str | None = None
-        self._call: list[tuple[int, int]] | None = None  # (bytes, launches) inside a call of the kernel set
+        self._call: list[Launch] | None = None  # those of the call of the kernel set that runs
+
+    @property
+    def works(self) -> Counter[Work]:
+        """Every distinct piece of work and how often it ran."""
+        return Counter(self.sequence)
 
     @property
     def phase(self) -> str:
@@ -175,17 +235,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not is_free(func) and tensors_in((args, kwargs, out)) and not self._is_table(func, args, out):
-            moved = op_bytes(func, args, kwargs, out)
-            if self._call is not None:
-                self._call.append((moved, 1))
-            else:
-                flops = op_flops(func, args, kwargs, out)
-                written = tensors_in(out) or tensors_in(args)
-                dtype = written[0].dtype if written else torch.float32
-                of_weights = weight_flops(func, args, flops) if flops else 0
-                causal = is_causal(func, args, kwargs) if flops else False
-                self._add(func.overloadpacket.__name__, dtype, (flops, of_weights), moved, 1, causal=causal)
+        if (
+            is_free(func)
+            or self._is_table(func, args, out)
+            or not any(t.numel() for t in tensors_in((args, kwargs, out)))
+        ):
+            return out
+        name, moved = func.overloadpacket.__name__, op_bytes(func, args, kwargs, out)
+        flops = op_flops(func, args, kwargs, out)
+        if self._call is not None:
+            self._call.append(Launch(name, moved, is_triton=False, flops=flops))
+            return out
+        written = tensors_in(out) or tensors_in(args)
+        dtype = written[0].dtype if written else torch.float32
+        of_weights = weight_flops(func, args, flops) if flops else 0
+        causal = is_causal(func, args, kwargs) if flops else False
+        regular = bool(flops) or is_regular([*tensors_in((args, kwargs)), *written])
+        self._add(name, dtype, (flops, of_weights), moved, causal=causal, regular=regular)
         return out
 
     def _is_table(self, func, args: tuple, out) -> bool:
@@ -195,22 +261,28 @@ class Recorder(TorchDispatchMode):
         return args[0].dtype == out.dtype
 
     def _add(
-        self, op: str, dtype: torch.dtype, flops: tuple[int, int], moved: int, launches: int, *, causal: bool = False
-    ) -> None:
+        self, op: str, dtype: torch.dtype, flops: tuple[int, int], moved: int, *, causal: bool = False,
+        regular: bool = True, inside: tuple[Launch, ...] = (),
+    ) -> None:  # fmt: skip
         """flops: all, and those of weights' gradients (in a backward pass)."""
         phase = self.phase
         part = "optimizer" if phase == "optimizer" else part_of(self.regions.current, op)
         of_weights = flops[1] if phase == "backward" else 0
-        work = Work(part, op, phase, kind_of(op, flops[0]), dtype, flops[0], moved, launches, of_weights, causal)
-        self.works[work] += 1
+        launches = len(inside) or 1
+        self.sequence.append(
+            Work(
+                part, op, phase, kind_of(op, flops[0], is_regular=regular), dtype, flops[0], moved, launches,
+                of_weights, causal, inside,
+            )
+        )  # fmt: skip
 
-    def launch(self, operands: list[Tensor]) -> None:
-        """A kernel launch that torch's dispatcher does not see: reads or writes each operand once."""
-        moved = sum(moved_bytes(tensor) for tensor in operands)
+    def launch(self, kernel: str, operands: list[Tensor]) -> None:
+        """A launch of a Triton kernel, which torch's dispatcher does not see: reads or writes each operand once."""
+        launched = Launch(kernel, sum(moved_bytes(tensor) for tensor in operands), is_triton=True)
         if self._call is None:
-            self._add("kernel", operands[0].dtype, (0, 0), moved, 1)
+            self._add(kernel, operands[0].dtype, (0, 0), launched.bytes, inside=(launched,))
         else:
-            self._call.append((moved, 1))
+            self._call.append(launched)
 
     def call(self, op: str, function: Callable, dtype: torch.dtype, flops: tuple[int, int]):
         """Runs `function()` and counts all it launches as one work with this name and these FLOPs: all, and those of
@@ -224,6 +296,6 @@ class Recorder(TorchDispatchMode):
         finally:
             self._call = None
         if launched:
-            moved, launches = (sum(column) for column in zip(*launched, strict=True))
-            self._add(op, dtype, flops, moved, launches)
+            moved = sum(each.bytes for each in launched)
+            self._add(op, dtype, flops, moved, inside=_with_products(launched, *flops))
         return result

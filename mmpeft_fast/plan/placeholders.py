@@ -46,17 +46,19 @@ class Placeholders(TorchDispatchMode):
 
     Args:
         device_type: "cuda" or "cpu", the device that is planned for.
+        sdpa: the library's attention without a mask on that GPU, "flash" (torch's FlashAttention-2) or "cudnn".
     """
 
-    def __init__(self, device_type: str):
+    def __init__(self, device_type: str, sdpa: str = "flash"):
         super().__init__()
+        self._sdpa = sdpa
         self.device = torch.device("cpu" if device_type == "cpu" else "meta")
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if device_type == "cpu" else None
         self._functions = self.functions()
 
     def functions(self) -> AbstractContextManager:
         """The part of this mode that acts above torch's dispatcher."""
-        return contextlib.nullcontext() if self._fake is not None else _GpuFunctions()
+        return contextlib.nullcontext() if self._fake is not None else _GpuFunctions(self._sdpa)
 
     def __enter__(self) -> "Placeholders":
         self._functions.__enter__()
@@ -144,19 +146,41 @@ def _to_meta(leaf):
 class _GpuFunctions(TorchFunctionMode):
     """What torch decides by device type above its dispatcher, decided for meta tensors as on a CUDA GPU."""
 
+    def __init__(self, sdpa: str):
+        super().__init__()
+        self._sdpa = sdpa
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and args and args[0].is_meta:
-            return _gpu_attention(*args, **kwargs)
+            return _gpu_attention(self._sdpa, *args, **kwargs)
+        if func is torch.nn.functional.dropout and args and args[0].is_meta:
+            return _gpu_dropout(*args, **kwargs)
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
             value = func(*args, **{**kwargs, "device": "cpu"})
             return value if _is_index(value) else value.to("meta")
         return func(*args, **kwargs)
 
 
-def _gpu_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False) -> Tensor:
-    """The fused kernel that torch takes on a CUDA GPU: flash without a mask, the memory-efficient one with it."""
+def _gpu_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """On a CUDA GPU dropout is one kernel that keeps a mask of a byte an element; elsewhere it is several ops that keep
+    one in the input's dtype."""
+    if not training or not 0 < p < 1 or inplace:
+        return torch.dropout_(x, p, training) if inplace else torch.dropout(x, p, training)
+    return torch.native_dropout(x, p, True)[0]
+
+
+def _gpu_attention(
+    sdpa, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+) -> Tensor:
+    """The fused kernel that torch takes on a CUDA GPU: flash or cuDNN's without a mask, the memory-efficient one with
+    it."""
     head_dim = q.shape[-1]
+    if sdpa == "cudnn" and attn_mask is None and q.dtype in _FLASH_DTYPES and not head_dim % 8 and head_dim <= 128:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, needs_grad, dropout_p, is_causal, False, scale=scale
+        )[0]
     if attn_mask is None and q.dtype in _FLASH_DTYPES and head_dim <= 256:
         pad = -head_dim % 8
         q, k, v = (torch.nn.functional.pad(x, (0, pad)) if pad else x for x in (q, k, v))

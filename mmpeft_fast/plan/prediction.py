@@ -1,5 +1,6 @@
 """The plan of one step: counts and roofline as the numbers that people ask for."""
 
+import functools
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
@@ -13,7 +14,8 @@ ASSUMPTIONS = (
     "no padding; AdamW with float32 states beside float32 trained parameters, no gradient accumulation",
     "an op reads and writes each operand once, whatever caches hold; views and allocations are free; what a Triton "
     "kernel changes in place counts once",
-    "kernels run one after another; a kernel takes the longer of its FLOPs and its bytes at the profile's rates",
+    "kernels run one after another, each once the CPU has queued it; a kernel takes the longer of its FLOPs and its "
+    "bytes at the profile's rates",
     "peak: tensors alive at once in the order of execution, without the allocator's fragmentation",
 )
 
@@ -30,6 +32,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.counts.peak_bytes + self.device.reserve_bytes <= self.device.memory_bytes
+
+    @functools.cached_property
+    def ideal_time(self) -> StepTime:
+        """The step's time, were the fused kernels as good as the library's at their bytes and FLOPs."""
+        return step_time(self.counts.sequence, self.device.with_ideal_kernels)
 
     @property
     def tokens_per_s(self) -> float:
@@ -96,7 +103,10 @@ class Plan:
             "dram_bytes": self.total("bytes"),
             "launches": self.total("launches"),
             "step_ms": self.time.seconds * 1e3,
+            "device_ms": self.time.device_s * 1e3,
             "host_ms": self.time.host_s * 1e3,
+            "graph_ms": self.time.graph_s * 1e3,
+            "ideal_kernels_ms": self.ideal_time.seconds * 1e3,
             "tokens_per_s": self.tokens_per_s,
             "fits": self.fits,
         }
@@ -122,5 +132,5 @@ def plan(request: Request, device: Device) -> Plan:
     Raises:
         ValueError: the request does not fit its model, or the implementation has no such combination.
     """
-    counts = count_step(request, device.type)
-    return Plan(request=request, device=device, counts=counts, time=step_time(counts.works, device))
+    counts = count_step(request, device.type, gpu_name=device.gpu_name, sdpa=device.sdpa)
+    return Plan(request=request, device=device, counts=counts, time=step_time(counts.sequence, device))

@@ -54,6 +54,7 @@ def plan_text(planned: Plan, *, num_ops: int = 12) -> str:
         f"{request.batch_size} x {request.seq_len} tokens, {device.name}"
     )
     fits = "fits" if planned.fits else "does not fit"
+    is_fused = request.implementation == "fused" and device.type == "cuda"
     total = sum(planned.part_seconds().values())
     bound = "the CPU that queues launches" if planned.time.is_host_bound else "the device"
     lines = [
@@ -69,6 +70,9 @@ def plan_text(planned: Plan, *, num_ops: int = 12) -> str:
         f"dW {numbers['dw_flops'] / 1e12:.2f}, again {numbers['recompute_flops'] / 1e12:.2f}), "
         f"{numbers['dram_bytes'] / 1e9:.1f} GB, {numbers['launches']} launches",
         f"time         {numbers['step_ms']:.1f} ms a step, {planned.tokens_per_s:.0f} tokens/s, bound by {bound}",
+        f"  kernels alone {numbers['device_ms']:.1f}, queueing them {numbers['host_ms']:.1f}, replayed as a CUDA graph "
+        f"{numbers['graph_ms']:.1f} ms"
+        + (f"; fused kernels as good as the library's {numbers['ideal_kernels_ms']:.1f}" * is_fused),
         "",
     ]
     parts = [

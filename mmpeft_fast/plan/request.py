@@ -14,6 +14,7 @@ from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
 
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
+OPTIMIZERS = ("foreach", "fused")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Token ids and masks of a planned batch are real tensors: beyond this they would not fit where the plan is made.
 MOST_TOKENS = 2**24
@@ -34,6 +35,7 @@ class Request:
         dtype: of the base model. checkpointing: activation checkpointing of the decoder's layers.
         train: parts of the base model that are trained too, of TRAINABLE_PARTS.
         fp32_adapters: added parameters are float32, else in `dtype`.
+        optimizer: AdamW as torch chooses on a GPU, a pass for each operation ("foreach"), or in one ("fused").
     """
 
     model: str
@@ -49,6 +51,7 @@ class Request:
     checkpointing: bool = False
     train: tuple[str, ...] = ()
     fp32_adapters: bool = True
+    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = "foreach"
 
     def __post_init__(self):
         check_fields(self)

@@ -1,6 +1,7 @@
 """One training step of real model code on placeholders, and everything that is counted in it."""
 
 import contextlib
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from mmpeft_fast.plan.counting import Recorder, Work
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
 from mmpeft_fast.plan.request import DTYPES, Request
-from mmpeft_fast.plan.triton_calls import counted_triton
+from mmpeft_fast.plan.triton_calls import counted_triton, dispatched_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class StepCounts:
         weight_bytes, gradient_bytes, optimizer_bytes: of all parameters and buffers; of the trained parameters; of
             AdamW's states.
         saved_bytes: what autograd keeps from the forward pass. peak_bytes: of all tensors, states included.
-        works: every distinct piece of work and how often it ran.
+        sequence: every piece of work in the order in which it is queued.
     """
 
     baseline: str
@@ -40,18 +41,35 @@ class StepCounts:
     optimizer_bytes: int
     saved_bytes: int
     peak_bytes: int
-    works: Counter[Work]
+    sequence: tuple[Work, ...]
+
+    @functools.cached_property
+    def works(self) -> Counter[Work]:
+        """Every distinct piece of work and how often it runs."""
+        return Counter(self.sequence)
 
 
-def count_step(request: Request, device_type: str) -> StepCounts:
+def count_step(request: Request, device_type: str, *, gpu_name: str = "", sdpa: str = "flash") -> StepCounts:
     """Counts a step on a device of a type ("cuda" or "cpu").
+
+    Args:
+        gpu_name: what the GPU's driver calls it: the fused ops run as its committed table says, as on a GPU without a
+            table where there is none.
+        sdpa: the library's attention there, "flash" or "cudnn".
 
     Raises:
         ValueError: the request does not fit its model, or its implementation has no such combination.
     """
+    with contextlib.ExitStack() as stack:
+        if device_type == "cuda":
+            stack.enter_context(dispatched_as(gpu_name))
+        return _count(request, device_type, sdpa)
+
+
+def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
     config = request.config()
     model, baseline = build(request, config)
-    place = Placeholders(device_type)
+    place = Placeholders(device_type, sdpa)
     place.materialize(model)
     inputs = training_batch(
         config, place.empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
@@ -73,7 +91,7 @@ def count_step(request: Request, device_type: str) -> StepCounts:
     with contextlib.ExitStack() as stack:
         stack.enter_context(counted_triton(recorder) if runs_triton else provider("torch"))
         stack.enter_context(place)
-        optimizer = _optimizer_with_states(trained)
+        optimizer = _optimizer_with_states(trained, request.optimizer)
         states = _states(optimizer)
         holder = nn.Module()
         holder.model = model
@@ -99,7 +117,7 @@ def count_step(request: Request, device_type: str) -> StepCounts:
         optimizer_bytes=_nbytes(states),
         saved_bytes=saved.bytes,
         peak_bytes=peak.bytes,
-        works=recorder.works,
+        sequence=tuple(recorder.sequence),
     )
 
 
@@ -146,11 +164,32 @@ def _checkpoint(model: nn.Module, place: Placeholders, recorder: Recorder) -> No
     )
 
 
-def _optimizer_with_states(trained: list[nn.Parameter]) -> torch.optim.AdamW | None:
+class _FusedAdamW(torch.optim.AdamW):
+    """AdamW in one pass over placeholders, for which torch's class refuses it."""
+
+    def step(self) -> None:
+        options = self.param_groups[0]
+        trained = [parameter for parameter in options["params"] if parameter.grad is not None]
+        for parameter in trained:
+            if not self.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        states = [self.state[parameter] for parameter in trained]
+        first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        torch._fused_adamw_(
+            trained, [parameter.grad for parameter in trained], first, second, [], steps, lr=options["lr"], beta1=0.9,
+            beta2=0.999, weight_decay=0.0, eps=options["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def _optimizer_with_states(trained: list[nn.Parameter], kind: str) -> torch.optim.AdamW | None:
     """AdamW after a first step, so that its states exist; None where nothing is trained."""
     if not trained:
         return None
-    optimizer = torch.optim.AdamW(trained, foreach=trained[0].is_meta)  # as torch chooses on a GPU
+    if kind == "fused":
+        optimizer: torch.optim.AdamW = _FusedAdamW(trained)
+    else:
+        optimizer = torch.optim.AdamW(trained, foreach=trained[0].is_meta)  # as torch chooses on a GPU
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()

@@ -4,15 +4,16 @@ A call of the kernel set counts as one work. Its FLOPs are those of the same cal
 the kernel set; its bytes are the operands of its launches, each pointer once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from mmpeft_fast.ops import kernels_torch
+from mmpeft_fast.ops import dispatch, kernels_torch
 from mmpeft_fast.plan.counting import FlopSum, Recorder
 from mmpeft_fast.plan.placeholders import Placeholders
 
@@ -52,6 +53,40 @@ def _first_dtype(args: tuple, kwargs: dict) -> torch.dtype:
 
 
 @contextmanager
+def dispatched_as(gpu_name: str) -> Iterator[None]:
+    """Meta tensors inside are dispatched as tensors on the GPU of this name are: ways of the GEMM and of dy's pass,
+    layouts, tiles. A GPU without a table is taken to run Triton's kernels."""
+    gpu, table = torch.device("cuda"), dispatch.table_named(gpu_name)
+
+    def there(decide: Callable) -> Callable:
+        """`decide` for an operand on that GPU; of an operand it reads shape, dtype and device."""
+
+        def decided(x, *args, **kwargs):
+            return decide(SimpleNamespace(device=gpu, dtype=x.dtype, shape=x.shape), *args, **kwargs)
+
+        return decided
+
+    wants_layout = dispatch.wants_layout
+    replaced = {
+        "table_of": lambda device: table,
+        "why_no_triton": lambda device: None,
+        "wants_layout": lambda device, *shape: wants_layout(gpu, *shape),
+        "_measured": dispatch._measured.__wrapped__,  # its cache is of the GPU that is there
+        "_say_unmeasured": lambda *what: None,  # nothing runs
+    }
+    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation")}
+    with ExitStack() as stack:
+        if table is not None:
+            from mmpeft_kernels.tile import assumed_architecture
+
+            stack.enter_context(assumed_architecture(table.architecture))
+        for name, replacement in replaced.items():
+            stack.callback(setattr, dispatch, name, getattr(dispatch, name))
+            setattr(dispatch, name, replacement)
+        yield
+
+
+@contextmanager
 def counted_triton(recorder: Recorder) -> Iterator[None]:
     """Fused ops inside run on the Triton provider, on meta tensors, and are counted by `recorder`.
 
@@ -81,7 +116,7 @@ def counted_triton(recorder: Recorder) -> Iterator[None]:
 
         def launch(kernel, *args, grid, warmup, **kwargs):
             operands = (getattr(value, "base", value) for value in (*args, *kwargs.values()))
-            recorder.launch([value for value in operands if isinstance(value, Tensor)])
+            recorder.launch(kernel.fn.__name__, [value for value in operands if isinstance(value, Tensor)])
 
         replaced = [(JITFunction, "run", launch)]
         for name in kernels_triton.__all__:

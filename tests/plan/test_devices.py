@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from mmpeft_fast.plan import calibrate
-from mmpeft_fast.plan.counting import Work
+from mmpeft_fast.plan.counting import Launch, Work
 from mmpeft_fast.plan.devices import DEVICES, Device, device_named, write_device
 from mmpeft_fast.plan.roofline import is_compute_bound, step_time, work_seconds
 
 TERA, GIGA = 1e12, 1e9
 RATES = dict.fromkeys(("bf16", "fp16", "fp32"), 1 * TERA)
+HOST = dict.fromkeys(("forward", "backward", "triton", "graph"), 0.0)
 
 
 def device(**fields) -> Device:
     plain = {
-        "name": "test", "type": "cuda", "memory_bytes": 1 << 30, "bytes_per_s": GIGA, "launch_s": 0.5, "host_s": 0.0,
+        "name": "test", "type": "cuda", "memory_bytes": 1 << 30, "bytes_per_s": GIGA, "launch_s": 0.5, "host_s": HOST,
         "gemm": dict.fromkeys(RATES, ((1e6, 1 * TERA), (1e10, 3 * TERA))), "attention": RATES,
         "attention_backward": RATES, "sources": {"all": "this test"},
     }  # fmt: skip
@@ -37,14 +38,15 @@ def test_profiles_name_their_sources(name):
     profile = device_named(name)
     assert profile.name == name and profile.sources and all(profile.sources.values())
     for dtype in ("bf16", "fp16", "fp32"):
-        assert profile.gemm_rate(dtype, 1e12) > profile.attention[dtype] >= profile.attention_backward[dtype]
+        forward, backward = (profile.attention_rate(dtype, 1e12, backward=b, cudnn=False) for b in (False, True))
+        assert profile.gemm_rate(dtype, 1e12) > forward >= backward
 
 
 def test_faster_cards_are_faster():
     def rate(name):
         return device_named(name).gemm_rate("bf16", 1e12)
 
-    assert rate("l40s") < rate("h100") == rate("h200") < rate("b200")
+    assert rate("l40s") < rate("h100") < rate("h200") < rate("b200")
     assert device_named("a100-40").bytes_per_s < device_named("a100-80").bytes_per_s < device_named("h100").bytes_per_s
 
 
@@ -70,10 +72,32 @@ def test_causal_attention_takes_half_its_flops():
 
 
 def test_a_slow_host_bounds_the_step():
-    works = {work(bytes=int(GIGA)): 3}
-    quick, slow = (step_time(works, device(launch_s=0.0, host_s=host_s)) for host_s in (0.5, 2.0))
-    assert (quick.seconds, quick.is_host_bound) == (pytest.approx(3), False)
-    assert (slow.seconds, slow.is_host_bound) == (pytest.approx(6), True)
+    works = [work(bytes=int(GIGA))] * 3
+    quick, slow = (step_time(works, device(launch_s=0.0, host_s=HOST | {"forward": host_s})) for host_s in (0.5, 2.0))
+    # The device waits for the first launch, the host for nothing; a slow host's last launch is followed by its work.
+    assert (quick.seconds, quick.device_s, quick.host_s) == (pytest.approx(3.5), pytest.approx(3), pytest.approx(1.5))
+    assert (slow.seconds, slow.device_s, slow.host_s) == (pytest.approx(7), pytest.approx(3), pytest.approx(6))
+    assert (quick.is_host_bound, slow.is_host_bound) == (False, True)
+
+
+def test_launches_cost_the_host_what_their_kind_does():
+    host_s = {"forward": 1.0, "backward": 0.5, "triton": 4.0, "graph": 0.25}
+    inside = (Launch("_kernel", 0, is_triton=True), Launch("mm", 0, is_triton=False))
+    works = [work(), work(phase="backward"), work(inside=inside, launches=2)]
+    found = step_time(works, device(launch_s=0.0, host_s=host_s))
+    assert found.host_s == pytest.approx(1.0 + 0.5 + 4.0 + 1.0)
+    assert found.graph_s == pytest.approx(4 * 0.25)
+
+
+def test_a_kernel_takes_its_own_share_of_bytes_and_products():
+    call = work(inside=(Launch("_kernel", int(2 * GIGA), is_triton=True, flops=int(6 * TERA)),))
+    library = device(launch_s=0.0)
+    assert work_seconds(call, library) == pytest.approx(2)
+    slow_bytes = dataclasses.replace(library, kernels={"_kernel": {"bytes": 0.25}})
+    assert work_seconds(call, slow_bytes) == pytest.approx(8)
+    slow_products = dataclasses.replace(library, kernels={"_kernel": {"products": 0.1}})
+    assert work_seconds(call, slow_products) == pytest.approx(20)
+    assert work_seconds(call, slow_products.with_ideal_kernels) == pytest.approx(2)
 
 
 def test_a_profile_survives_its_file(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from mmpeft_fast.methods import METHODS
 from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.ops import dispatch
 from mmpeft_fast.plan.request import Request
 from mmpeft_fast.plan.step import count_step
 from tests.plan.real_step import TINY_IMAGE, measured_step, tiny_config_folder
@@ -73,7 +74,8 @@ def test_every_family_and_method_counts_on_a_gpu(tiny_folders, family, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
-def test_triton_and_torch_have_the_same_products(tiny_folders, method):
+def test_triton_and_torch_have_the_same_products(tiny_folders, method, monkeypatch):
+    monkeypatch.setattr(dispatch, "wants_layout", lambda *shape: False)  # a stack's products by layout are more
     wanted = request(tiny_folders["llava"], method)
     flops = [
         sum(count * work.flops for work, count in count_step(wanted, device).works.items())
@@ -116,24 +118,44 @@ def test_counting_twice_gives_the_same_counts(tiny_folders):
     assert first == second
 
 
-def layer_counts(tmp_path, **fields) -> dict[tuple[str, str], int]:
-    """(phase, quantity) of one decoder layer: what a third layer adds."""
-    totals = []
-    for num_layers in (2, 3):
-        folder = tmp_path / str(num_layers)
-        counts = count_step(request(tiny_config_folder("llava", folder, num_layers=num_layers), **fields), "cuda")
-        totals.append(Counter())
-        for work, n in counts.works.items():
-            totals[-1][work.phase, "launches"] += n * work.launches
-            totals[-1][work.phase, "gemm flops"] += n * work.flops * (work.kind == "gemm")
-            totals[-1][work.phase, "weight flops"] += n * work.weight_flops
-    return totals[1] - totals[0]
+def layer_works(tmp_path, **fields) -> Counter:
+    """The works of one decoder layer: what a third layer adds."""
+    folders = (tiny_config_folder("llava", tmp_path / str(n), num_layers=n) for n in (2, 3))
+    two, three = (count_step(request(folder, **fields), "cuda").works for folder in folders)
+    return three - two
+
+
+def layer_counts(tmp_path, **fields) -> Counter:
+    """(phase, quantity) of one decoder layer."""
+    total = Counter()
+    for work, n in layer_works(tmp_path, **fields).items():
+        total[work.phase, "gemm flops"] += n * work.flops * (work.kind == "gemm")
+        total[work.phase, "weight flops"] += n * work.weight_flops
+    return total
 
 
 def test_a_fused_layer_of_lora_launches_what_it_should(tmp_path):
-    layer = layer_counts(tmp_path)
-    assert layer["forward", "launches"] <= 14
-    assert layer["backward", "launches"] <= 26
+    """On a GPU without a table: forward by layout (z and s U go to their columns, 0 where a stack has others' rows),
+    dX by the library, Triton's kernels for the rest."""
+    launched = {phase: Counter() for phase in ("forward", "backward", "optimizer")}
+    for work, n in layer_works(tmp_path).items():
+        for name in (launch.kernel for launch in work.inside) if work.inside else (work.op,):
+            launched[work.phase][name] += n
+    sums = {
+        "_prologue_backward_kernel": 4,
+        "_ddown_kernel": 4,
+        "_sum_kernel": 4,
+        "_dy_pass_kernel": 4,
+        "_finish_kernel": 4,
+    }
+    assert launched["backward"] == sums | {
+        "mm": 4, "_rotary_backward_kernel": 1, "_scaled_dot_product_flash_attention_backward": 1,
+    }  # fmt: skip
+    assert launched["forward"] == {
+        "_prologue_kernel": 4, "_rotary_kernel": 1, "_scaled_dot_product_flash_attention": 1, "randint": 1,
+        "mm": 2, "addmm": 2, "copy_": 6, "mul": 6, "zero_": 6,
+        "_to_copy": 1, "addmm_": 1,  # o, whose input no prologue writes
+    }  # fmt: skip
 
 
 def test_products_of_a_stock_layer_follow_from_its_parameters(tmp_path):
