@@ -161,7 +161,7 @@ class FusedCausalLM(Swapped):
         keep = kwargs.get("logits_to_keep", 0)
         if isinstance(keep, Tensor) or keep:
             return False
-        unknown = kwargs.keys() - _KEYWORDS - _parameters_of(own_class(self))
+        unknown = set(kwargs) - _KEYWORDS - _parameters_of(own_class(self))
         if any(name != "shift_labels" or kwargs[name] is not None for name in unknown):
             return False
         return why_not_known(self) is None

@@ -21,6 +21,7 @@ def _nothing(*arguments) -> None:
     return None
 
 
+_cuda_ops = torch.ops.mmpeft_fast_cuda
 _FINE = ("", "")  # the sentences that follow every CUDA op's tensors: nothing was refused, nothing failed
 
 
@@ -105,7 +106,7 @@ def cuda_op(name: str, *arguments) -> list:
         ValueError: it was given what it cannot take.
         RuntimeError: the launch failed.
     """
-    *results, refused, failed = getattr(torch.ops.mmpeft_fast_cuda, name)(*arguments)
+    *results, refused, failed = getattr(_cuda_ops, name)(*arguments)
     if refused:
         raise ValueError(refused)
     if failed:

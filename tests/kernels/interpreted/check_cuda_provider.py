@@ -4,6 +4,8 @@ What is checked here is that operands reach the ops as their schemas say (csrc/c
 themselves are checked in tests/csrc_cuda.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmpeft_kernels import lowrank_gemm as gemm
@@ -19,27 +21,33 @@ from tests.kernels.interpreted.check_fused_linear import check_against_eager
 from tests.ops.calls import make_call
 
 
+FINE = ("", "")  # nothing refused, nothing failed
+
+
 def lowrank_gemm_out(x, weight, z, u, scaling, num_outs, ranks, transposed, bias, scale, residual, out):
     segments = [SegmentShape(*pair) for pair in zip(num_outs, ranks, strict=True)]
     gemm.lowrank_gemm(
         x, weight, tile=gemm.default_tile(80, x.element_size()), z=z, u=u, scaling=scaling, segments=segments,
         transposed=transposed, bias=bias, scale=scale, residual=residual, out=out,
     )  # fmt: skip
+    return FINE
 
 
 def dy_pass_op(dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du):
     segments = [SegmentShape(*pair) for pair in zip(num_outs, ranks, strict=True)]
-    return dy_pass(
+    grads = dy_pass(
         dy, a, u, segments=segments, scaling=scaling, activation=activation, need_da=need_da, need_du=need_du
     )
+    return *grads, *FINE
 
 
 def prologue_op(name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h):
     assert rstd is None and (seed is None) == (p == 0.0)
-    return prologue(
+    results = prologue(
         x, up, name=name, gain=gain, eps=eps, in_scale=in_scale, down=down, activation=activation, p=p, seed=seed,
         stream=stream, write_h=write_h,
     )  # fmt: skip
+    return *results, *FINE
 
 
 def prologue_backward_op(
@@ -50,16 +58,16 @@ def prologue_backward_op(
         dresidual=dresidual, dx_out=dx, dup_out=dup, need_dx=dx is not None, need_dup=dup is not None,
         need_dgain=need_dgain, need_din_scale=need_din_scale,
     )  # fmt: skip
-    return grads.dgain, grads.din_scale
+    return grads.dgain, grads.din_scale, *FINE
 
 
 @pytest.fixture
 def cuda_provider(monkeypatch):
-    ops = {
-        "lowrank_gemm_out": lowrank_gemm_out, "dy_pass": dy_pass_op, "prologue": prologue_op,
-        "prologue_backward": prologue_backward_op,
-    }  # fmt: skip
-    monkeypatch.setattr(csrc, "cuda_op", lambda name, *arguments: ops[name](*arguments))
+    ops = SimpleNamespace(
+        lowrank_gemm_out=lowrank_gemm_out, dy_pass=dy_pass_op, prologue=prologue_op,
+        prologue_backward=prologue_backward_op,
+    )  # fmt: skip
+    monkeypatch.setattr(csrc, "_cuda_ops", ops)
     monkeypatch.setattr(kernels_cuda, "unsupported", lambda x: None)
     monkeypatch.setattr(csrc, "why_no_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -90,3 +98,10 @@ def test_what_the_gemm_cannot_take_goes_to_triton_and_is_named(cuda_provider, ca
         fused_linear(*call.arguments(), **call.options)
     assert any("rows of 132 bytes" in record.message and "the triton provider does" in record.message
                for record in caplog.records)  # fmt: skip
+
+
+@pytest.mark.parametrize(("sentences", "kind"), [(("gemm: expected x", ""), ValueError), (("", "no"), RuntimeError)])
+def test_what_an_op_says_is_raised(monkeypatch, sentences, kind):
+    monkeypatch.setattr(csrc, "_cuda_ops", SimpleNamespace(dy_pass=lambda: (None, *sentences)))
+    with pytest.raises(kind, match=max(sentences)):
+        csrc.cuda_op("dy_pass")
