@@ -227,10 +227,12 @@ def fuse(
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
-        base.paths, base.decoder_path = paths, family.decoder
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
-    if any(seen.part == PREFIX and seen.reason is None for seen in found):
+    is_prefix = any(seen.part == PREFIX and seen.reason is None for seen in found)
+    if is_prefix or is_swapped(base):
+        base.paths, base.decoder_path = paths, family.decoder
+    if is_prefix:
         hf_peft.fuse_prefix(model, decoder)
     if verify is not False:
         verify_fused(model, None if verify is True else verify, strict=strict)

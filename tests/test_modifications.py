@@ -358,6 +358,8 @@ def embeddings(run, rng):
 
 @modification("checkpointing")
 def checkpointing(run, rng):
+    if isinstance(run.model, PeftModel) and run.model.active_peft_config.is_prompt_learning:
+        raise DoesNotApply  # HF PEFT's prefix lives in a cache, which checkpointing switches off
     run.base.gradient_checkpointing_enable({"use_reentrant": rng.random() < 0.5})
     if rng.random() < 0.5:
         run.base.enable_input_require_grads()
