@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from mmpeft_fast import FAMILIES, add_peft, fuse, make_method, unfuse
 from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.closeness import floor
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.models import base_model
 from tests.closeness import assert_as_close_as_eager, assert_same_in_double
@@ -79,6 +80,9 @@ class Run:
         return self.model
 
     def place(self, rng: random.Random, names=PLACES) -> nn.Module:
+        """A decoder layer, a part of one, or now and then the final norm."""
+        if rng.random() < 0.1:
+            return FAMILIES[self.family].decoder_of(self.base).norm
         return rng.choice(list(self.layers)).get_submodule(rng.choice(names))
 
     def outcome(self):
@@ -170,7 +174,7 @@ def patch_model(run, rng):
     def tripled(*args, **kwargs):
         output = forward(*args, **kwargs)
         if isinstance(output, tuple):
-            return (output[0] * 3, *output[1:])
+            return output[0] * 3, *output[1:]
         output.loss = output.loss * 3
         return output
 
@@ -481,15 +485,19 @@ def check(case: Case) -> str:
     assert all(got[1][name].isfinite().all() == (name in finite) for name in expected[1]), "gradients not finite"
     if not expected[0].isfinite():
         return "not finite"
-    if dtype in (None, torch.float64):
-        assert_same_in_double(got[0].double(), expected[0].double(), "loss")
-        for name in finite:
-            assert_same_in_double(got[1][name], expected[1][name], name)
-        return "equal"
-    truth = result_of(case, fused=False, wide=True)[0]
 
     def flat(grads):
         return torch.cat([grads[name].double().flatten() for name in sorted(finite)] or [torch.zeros(1)])
+
+    if dtype in (None, torch.float64):
+        assert_same_in_double(got[0].double(), expected[0].double(), "loss")
+        # What is zero but for rounding (a key's bias, which softmax does not see) has no relative error.
+        least = floor(torch.float32) * torch.linalg.vector_norm(flat(expected[1]))
+        for name in finite:
+            if max(torch.linalg.vector_norm(grads[name]) for grads in (got[1], expected[1])) > least:
+                assert_same_in_double(got[1][name], expected[1][name], name)
+        return "equal"
+    truth = result_of(case, fused=False, wide=True)[0]
 
     assert_as_close_as_eager(got[0].to(dtype), expected[0].to(dtype), truth[0], "loss")
     assert_as_close_as_eager(flat(got[1]).to(dtype), flat(expected[1]).to(dtype), flat(truth[1]), "all gradients")
