@@ -152,3 +152,25 @@ def test_attention_that_does_not_see_the_prefix_of_add_peft_is_an_error(is_fused
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="'sdpa' does not see the prefix"):
         model(**BATCH)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_above_the_layers_that_reads_the_cache():
+    def outcome(is_fused):
+        model = prefixed()
+        model = fuse(model) if is_fused else model
+        base = model.get_base_model()
+        forward = base.forward
+
+        def with_a_term(*args, past_key_values=None, **kwargs):
+            output = forward(*args, past_key_values=past_key_values, **kwargs)
+            output.loss = output.loss + past_key_values.get_seq_length()
+            return output
+
+        base.forward = with_a_term
+        return loss_and_grads(model, BATCH)
+
+    (loss, grads), (expected, truth) = outcome(True), outcome(False)
+    assert_same_in_double(loss.double(), expected.double())
+    for name, grad in truth.items():
+        assert_same_in_double(grads[name], grad, name)
