@@ -326,3 +326,18 @@ def test_a_bound_forward_of_a_fused_model_works_after_unfuse():
     for module, forward in zip((model, *model.model.layers, model.model.norm), forwards, strict=True):
         module.forward = forward
     assert torch.equal(model(**batch).loss, expected)
+
+
+def test_a_class_derived_from_a_fused_one_is_never_dropped():
+    model, batch = fuse(randomized(add_peft(tiny_model("llama"), LoRA(r=4, dropout=0.0)))).train(), tiny_batch("llama")
+    layer = model.model.layers[1]
+    kind = type(layer)
+    layer.__class__ = type(
+        "Doubled", (kind,), {"forward": lambda self, *args, **kw: 2 * kind.forward(self, *args, **kw)}
+    )
+    expected = loss_and_grads(model, batch)[0]
+    with pytest.raises(ValueError, match="derived after fuse"):
+        unfuse(model)
+    assert torch.equal(loss_and_grads(model, batch)[0], expected)
+    layer.__class__ = kind
+    assert not is_fused(unfuse(model))
