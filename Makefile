@@ -12,7 +12,7 @@ help:
 	@echo "make study   the small study: results/study/report.html and results.jsonl"
 	@echo "make test    the tests"
 	@echo "make test-gpu-env   the tests with Python 3.12, torch 2.11, triton 3.6 and transformers 5.17, in .venv-gpu (downloads torch's CUDA wheel)"
-	@echo "make nightly 504 random combinations of family, method and settings, 1000 hostile inputs, 100 kills"
+	@echo "make nightly 504 random combinations of family, method and settings, 10,000 of modifications, 1000 hostile inputs, 100 kills"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
@@ -51,6 +51,7 @@ test-gpu-env: $(GPU_STAMP)
 
 nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_modifications.py --nightly $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_hostile.py tests/train/test_kill.py --nightly $(ARGS)
 
 lint: $(STAMP)

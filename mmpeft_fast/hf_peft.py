@@ -12,7 +12,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from mmpeft_fast.layers.causal_lm import asks_for
+from mmpeft_fast.layers.causal_lm import asks_for, called_parts, why_not_own_forward
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, swap_class
 from mmpeft_fast.layers.prefix import CallPrefix
 from mmpeft_fast.layers.reading import is_fused
@@ -132,7 +132,8 @@ class _PeftPrefix:
 class _FusedPeftPrefixModel(Swapped):
     """Mixin for a PeftModel with prefix-tuning: hands the prefix to attention instead of building a cache from it.
 
-    Its own forward runs where a cache is wanted, where it drops arguments (positions), and where a layer is not fused.
+    Its own forward runs where a cache is wanted, where it drops arguments (positions), where a layer is not fused, and
+    where a forward above the layers is not known.
     """
 
     def forward(self, *args, **kwargs):
@@ -154,6 +155,9 @@ class _FusedPeftPrefixModel(Swapped):
         if asks_for(base, "output_attentions", kwargs):  # layers of their own see a prefix in a cache alone
             return False
         paths, decoder = base.paths, base.get_submodule(base.decoder_path)
+        # What stands above the layers and is not known may read the cache, or call the layers of another model.
+        if any(why_not_own_forward(*part) for part in ((base, "causal_lm"), *called_parts(base, decoder))):
+            return False
         return all(is_swapped(layer) and is_fused(layer, paths) for layer in paths.layers_of(decoder))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from mmpeft_fast import hf_peft
 from mmpeft_fast.fusion import PREFIX, candidates, report_of
 from mmpeft_fast.layers.causal_lm import FusedCausalLM
-from mmpeft_fast.layers.class_swap import is_swapped, own_class, restore_class, swap_class
+from mmpeft_fast.layers.class_swap import check_restorable, is_swapped, own_class, restore_class, swap_class
 from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
 from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
@@ -227,10 +227,12 @@ def fuse(
     if is_swapped(base):
         base.keep_logits = keep_logits
         base.output_class = family.output_class
-        base.paths, base.decoder_path = paths, family.decoder
         base.sparse_last_layer = family.sparse_last_layer(base.config) and is_swapped(layers[-1])
         base.full_attention = family.full_attention(base)
-    if any(seen.part == PREFIX and seen.reason is None for seen in found):
+    is_prefix = any(seen.part == PREFIX and seen.reason is None for seen in found)
+    if is_prefix or is_swapped(base):
+        base.paths, base.decoder_path = paths, family.decoder
+    if is_prefix:
         hf_peft.fuse_prefix(model, decoder)
     if verify is not False:
         verify_fused(model, None if verify is True else verify, strict=strict)
@@ -306,7 +308,13 @@ def _unfuse_module(module: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is."""
+    """Undoes `fuse`, in place; PEFT parameters stay. A model that is not fused is returned as it is.
+
+    Raises:
+        ValueError: a module has a class that was derived from its fused one; nothing is changed then.
+    """
+    for module in model.modules():
+        check_restorable(module)
     hf_peft.unfuse_prefix(model)
     for module in model.modules():
         if is_swapped(module) or "refused" in module.__dict__:

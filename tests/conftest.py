@@ -17,6 +17,7 @@ hypothesis.settings.load_profile("default")
 
 def pytest_addoption(parser):
     parser.addoption("--nightly", action="store_true", help="all hostile inputs and kills instead of a few")
+    parser.addoption("--case", help="a case, or A-B for several, of tests/test_modifications.py")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from mmpeft_fast import fuse
+from mmpeft_fast import Prefix, add_peft, fuse
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
@@ -128,3 +128,49 @@ def test_what_the_fused_pass_does_not_know_goes_through_hf_pefts_cache(change, t
         assert_same_in_double(fused[name], grad, name)
     if not training or change == "cache":
         assert ours.get_seq_length() == cache.get_seq_length()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prefix_over_a_model_whose_head_is_not_fused():
+    def outcome(is_fused):
+        model = prefixed()
+        model.get_base_model().loss_function = lambda logits, labels, **_: logits.float().square().mean()
+        return loss_and_grads(fuse(model) if is_fused else model, BATCH)
+
+    (loss, grads), (expected, truth) = outcome(True), outcome(False)
+    assert_same_in_double(loss.double(), expected.double())
+    for name, grad in truth.items():
+        assert_same_in_double(grads[name], grad, name)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_attention_that_does_not_see_the_prefix_of_add_peft_is_an_error(is_fused):
+    model = add_peft(tiny_model("llama"), Prefix(num_virtual_tokens=3))
+    if is_fused:
+        fuse(model)
+    loss_and_grads(model, BATCH)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="'sdpa' does not see the prefix"):
+        model(**BATCH)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_above_the_layers_that_reads_the_cache():
+    def outcome(is_fused):
+        model = prefixed()
+        model = fuse(model) if is_fused else model
+        base = model.get_base_model()
+        forward = base.forward
+
+        def with_a_term(*args, past_key_values=None, **kwargs):
+            output = forward(*args, past_key_values=past_key_values, **kwargs)
+            output.loss = output.loss + past_key_values.get_seq_length()
+            return output
+
+        base.forward = with_a_term
+        return loss_and_grads(model, BATCH)
+
+    (loss, grads), (expected, truth) = outcome(True), outcome(False)
+    assert_same_in_double(loss.double(), expected.double())
+    for name, grad in truth.items():
+        assert_same_in_double(grads[name], grad, name)

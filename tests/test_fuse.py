@@ -315,3 +315,29 @@ def test_add_peft_errors():
         add_peft(add_baseline(tiny_model("llava", num_layers=1), LoRA(r=2))[0], LoRA(r=2))
     with pytest.raises(ValueError, match="is fused; call unfuse"):
         add_peft(fuse(tiny_model("llava", num_layers=1)), LoRA(r=2))
+
+
+def test_a_bound_forward_of_a_fused_model_works_after_unfuse():
+    """Whoever wraps `model.forward`, as accelerate does, keeps the bound method."""
+    model, batch = fuse(randomized(add_peft(tiny_model("llama"), LoRA(r=4, dropout=0.0)))).train(), tiny_batch("llama")
+    forwards = [module.forward for module in (model, *model.model.layers, model.model.norm)]
+    unfuse(model)
+    expected = model(**batch).loss
+    for module, forward in zip((model, *model.model.layers, model.model.norm), forwards, strict=True):
+        module.forward = forward
+    assert torch.equal(model(**batch).loss, expected)
+
+
+def test_a_class_derived_from_a_fused_one_is_never_dropped():
+    model, batch = fuse(randomized(add_peft(tiny_model("llama"), LoRA(r=4, dropout=0.0)))).train(), tiny_batch("llama")
+    layer = model.model.layers[1]
+    kind = type(layer)
+    layer.__class__ = type(
+        "Doubled", (kind,), {"forward": lambda self, *args, **kw: 2 * kind.forward(self, *args, **kw)}
+    )
+    expected = loss_and_grads(model, batch)[0]
+    with pytest.raises(ValueError, match="derived after fuse"):
+        unfuse(model)
+    assert torch.equal(loss_and_grads(model, batch)[0], expected)
+    layer.__class__ = kind
+    assert not is_fused(unfuse(model))

@@ -255,12 +255,17 @@ def _is_read(norm: nn.Module) -> bool:
 def why_not_known(model: nn.Module) -> str | None:
     """Why the token-sparse tail may not take over a model's head and loss, or None: it computes what the library's own
     forward does with the library's own loss and a head that works row by row."""
-    if "forward" in model.__dict__ and not (is_swapped(model) and _is_wrapped_by_library(model)):
-        return f"the forward of a {type(model).__name__} was replaced; fuse before that"
-    reason = why_unknown(own_class(model), "causal_lm")
+    reason = why_not_own_forward(model, "causal_lm")
     if reason is None:
         reason = why_unknown_function(model.loss_function, "loss")
     return reason or _why_not_head(model)
+
+
+def why_not_own_forward(module: nn.Module, role: str) -> str | None:
+    """Why calling the module may run another forward than what is known as `role`, or None."""
+    if "forward" in module.__dict__ and not (is_swapped(module) and _is_wrapped_by_library(module)):
+        return f"the forward of a {type(module).__name__} was replaced; fuse before that"
+    return why_unknown(own_class(module), role)
 
 
 def _is_wrapped_by_library(model: nn.Module) -> bool:

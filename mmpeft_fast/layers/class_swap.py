@@ -62,6 +62,8 @@ def subclass(mixin: type, base: type) -> type:
     """The class `base` with `mixin` in front; the same one for the same pair."""
 
     def forward(self, *args, **kwargs):
+        if not isinstance(self, mixin):  # a bound method that somebody took, and the module was restored since
+            return base.forward(self, *args, **kwargs)
         return mixin.forward(self, *args, **kwargs)
 
     # The signature stays visible: trainers and `generate` inspect it. The class keeps its name because
@@ -99,7 +101,22 @@ def own_class(module: nn.Module) -> type:
     return unswapped(type(module))
 
 
+def check_restorable(module: nn.Module) -> None:
+    """Raises ValueError where somebody has derived a class from the swapped one: nothing says what it would be without
+    what it was derived from."""
+    if is_swapped(module) and "_swapped_from" not in type(module).__dict__:
+        raise ValueError(
+            f"unfuse: a {own_class(module).__name__} has class {type(module).__qualname__}, which was derived after "
+            "fuse; expected the class that fuse gave it (put that back first)"
+        )
+
+
 def restore_class(module: nn.Module) -> None:
-    """Undoes every `swap_class` on this instance; anything else is left alone."""
+    """Undoes every `swap_class` on this instance; anything else is left alone.
+
+    Raises:
+        ValueError: see `check_restorable`.
+    """
+    check_restorable(module)
     if is_swapped(module):
         module.__class__ = own_class(module)

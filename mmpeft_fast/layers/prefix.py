@@ -104,12 +104,23 @@ def _eager_prefix_attention(module, query, key, value, attention_mask, scaling=N
     return out.transpose(1, 2).contiguous(), None
 
 
+def _check_attention(decoder: nn.Module, _) -> None:
+    """No other attention sees the prefix: it would be lost silently, and its gradient with it."""
+    chosen = decoder.config._attn_implementation
+    if chosen != EAGER_PREFIX:
+        raise ValueError(
+            f"attention {chosen!r} does not see the prefix of add_peft; expected set_attn_implementation"
+            f"({EAGER_PREFIX!r}), as add_peft chose it"
+        )
+
+
 def attach_prefix(decoder: nn.Module, attentions: list[nn.Module], encoder: PrefixEncoder) -> None:
     """Registers `encoder` on the decoder and lets every attention module see its slice, eagerly and fused alike."""
     AttentionInterface.register(EAGER_PREFIX, _eager_prefix_attention)
     AttentionMaskInterface.register(EAGER_PREFIX, sdpa_mask)
     decoder.prefix_encoder = encoder
     decoder.register_forward_pre_hook(encoder.prepare)
+    decoder.register_forward_pre_hook(_check_attention)
     decoder.rotary_emb.register_forward_pre_hook(encoder.shift_positions, with_kwargs=True)
     decoder.config._attn_implementation = EAGER_PREFIX
     for layer_idx, attention in enumerate(attentions):

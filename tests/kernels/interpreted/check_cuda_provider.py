@@ -20,7 +20,6 @@ from mmpeft_fast.ops.fused_linear import fused_linear
 from tests.kernels.interpreted.check_fused_linear import check_against_eager
 from tests.ops.calls import make_call
 
-
 FINE = ("", "")  # nothing refused, nothing failed
 
 
