@@ -95,10 +95,10 @@ class FusedCausalLM(Swapped):
     """Mixin for `...ForConditionalGeneration`: training with labels takes the loss from the token-sparse tail and
     returns `logits=None`, unless the model was fused with `keep_logits=True`.
 
-    The tail runs only where the model's own forward and loss are known to be what it computes (`why_not_known`), and
-    the call has nothing that changes them (a keyword that is not known, labels of another shape than the inputs, a
-    tuple as result). Everything else runs the model's own forward over the fused decoder. A training call that does
-    not ask for `use_cache` gets no keys and values.
+    The tail runs only where the model's own forward and loss are known to be what it computes (`why_not_known`),
+    and the call has nothing that changes them (a keyword that is not known, labels of another shape than the
+    inputs, embeddings that are trained outside, a tuple as result). Everything else runs the model's own forward
+    over the fused decoder. A training call that does not ask for `use_cache` gets no keys and values.
 
     Extra keywords of `forward`, both to spare host synchronisations: `supervised_capacity` (see `supervised_targets`)
     and `right_padded` (padding, if any, is on the right and unlabelled; read from a mask on the CPU when not given):
@@ -147,6 +147,10 @@ class FusedCausalLM(Swapped):
             return False
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if isinstance(inputs, Tensor) and inputs.requires_grad:
+            # Somebody above the model trains what it is given, and may take a loss of his own from the logits, as HF
+            # PEFT's CPT does: nothing here tells it from prompt tuning, which does not.
+            return False
         known_tensors = (
             isinstance(labels, Tensor)
             and isinstance(inputs, Tensor)
