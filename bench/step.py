@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from bench.rows import append_rows, environment, interleaved, quantiles
 from mmpeft_fast import METHODS, fuse, make_method, saved_bytes
-from mmpeft_fast.baseline import add_baseline
+from mmpeft_fast.stored.baseline import add_baseline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from mmpeft_fast import __version__
+from mmpeft_fast.plugins import load_plugins
 
 # name: (module, one line of help)
 COMMANDS = {
@@ -72,6 +73,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == named:
+            load_plugins()
             module = importlib.import_module(module_name)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -7,6 +7,7 @@
 A class calls `check_fields(self)` where it is made, so that a new field cannot be forgotten.
 """
 
+import dataclasses
 import functools
 import operator
 import sys
@@ -84,7 +85,8 @@ def shown(value: object) -> str:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, object]:
-    return {name: hint for name, hint in typing.get_type_hints(kind, include_extras=True).items() if name[0] != "_"}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name[0] != "_"}
 
 
 def _fits(value: object, hint: object) -> bool:

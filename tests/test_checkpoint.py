@@ -11,9 +11,9 @@ from peft import get_peft_model_state_dict as hf_tensors
 from safetensors.torch import load_file, save_file
 
 from mmpeft_fast import IA3, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, is_fused, load_peft, save_peft
-from mmpeft_fast.baseline import add_baseline
-from mmpeft_fast.carried import read_carried
-from mmpeft_fast.hf_config import hf_config, method_of
+from mmpeft_fast.stored.baseline import add_baseline
+from mmpeft_fast.stored.hf_config import hf_config, method_of
+from mmpeft_fast.stored.slots import read_carried
 from tests.tiny_models import randomize_trainable, tiny_batch, tiny_model
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -414,7 +414,7 @@ Q_DOWN = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A
     ],
 )
 def test_what_does_not_fit_changes_nothing(spoil, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmpeft_fast.hf_config._MATCHING_S", 0.5)
+    monkeypatch.setattr("mmpeft_fast.stored.hf_config._MATCHING_S", 0.5)
     folder = tmp_path / "adapter"
     save_peft(added("llava", METHODS["lora"]), folder)
     spoil(folder)

@@ -9,11 +9,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmpeft_fast import LoRA, add_peft, fuse, is_fused, make_method, unfuse
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.layers.causal_lm import causality_suffices, supervised_targets
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.measure import saved_bytes
 from mmpeft_fast.models import FAMILIES, empty_model
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.test_parity import METHODS, prepared
 from tests.tiny_models import (
     first_text_token,

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from mmpeft_fast import IA3, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, is_fused, merge_peft
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.layers.class_swap import is_swapped
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.closeness import assert_as_close_as_eager, assert_exact
 from tests.tiny_models import randomize_trainable, tiny_batch, tiny_model
 

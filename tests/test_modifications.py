@@ -20,10 +20,10 @@ from torch import nn
 from transformers import AttentionInterface
 
 from mmpeft_fast import FAMILIES, add_peft, fuse, make_method, unfuse
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.closeness import floor
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.models import base_model
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.closeness import assert_as_close_as_eager, assert_same_in_double
 from tests.test_contract import Patch, choose_attention, doubled, overwrite_attention
 from tests.tiny_models import TEXT_FAMILIES, first_text_token, randomize_trainable, tiny_batch, tiny_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmpeft_fast import fuse, is_fused, unfuse
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.peft_model import study_method
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.closeness import assert_as_close_as_eager
 from tests.tiny_models import (
     TEXT_FAMILIES,

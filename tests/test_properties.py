@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mmpeft_fast import METHODS, add_peft, fuse, fuse_report, make_method, unfuse
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.models import FAMILIES
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.closeness import assert_as_close_as_eager, assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 

@@ -20,9 +20,9 @@ from bench.gpu.profile import profiled, table_of_kernels
 from bench.gpu.shapes import SETTINGS, Setting
 from bench.gpu.timing import device_of, on_provider, timed
 from mmpeft_fast import LoRA, add_peft, fuse, saved_bytes
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
+from mmpeft_fast.stored.baseline import add_baseline
 
 _SCALING = 2.0
 FUSED = (*PROVIDERS, "default")

@@ -7,12 +7,12 @@ parallel: y = W x + b + s U f(D drop x)
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated
 
-from mmpeft_fast.fields import at_least, one_of
+from mmpeft_fast.fields import at_least, check_value, one_of
 from mmpeft_fast.layers.plan import INITS, LINEAR_ROLES, BranchPlan, Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Dropout, Method, Width, resolve_targets
-from mmpeft_fast.ops.activations import ACTIVATIONS
 
 _POST_ROLES = ("o", "down")
 
@@ -31,8 +31,12 @@ class Adapter(Method):
         init: "bert" (both N(0, 0.02): not the identity at step 0) or "kaiming" (D Kaiming, U zero; `mam_adapter`).
     """
 
+    learning_rate = 5e-5
+    small_settings = MappingProxyType({"bottleneck": 16})
+    small_learning_rate = 1e-2
+
     bottleneck: Width = 256
-    activation: Annotated[str, one_of(*ACTIVATIONS)] = "tanh"
+    activation: str = "tanh"
     dropout: Dropout = 0.05
     scaling: Annotated[float, at_least(0)] = 1.0
     targets: str | tuple[str, ...] = "mlp"
@@ -40,7 +44,10 @@ class Adapter(Method):
     init: Annotated[str, one_of(*INITS)] = "bert"
 
     def __post_init__(self):
+        from mmpeft_fast.ops.activations import ACTIVATIONS  # torch, which a list of the methods does not wait for
+
         super().__post_init__()
+        check_value("Adapter.activation", self.activation, Annotated[str, one_of(*ACTIVATIONS)])
         resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
 
     def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:

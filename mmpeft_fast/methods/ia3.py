@@ -17,6 +17,8 @@ class IA3(Method):
         targets: "attention" (k, v), "mlp" (down), "both", or any roles.
     """
 
+    small_learning_rate = 1e-1
+
     targets: str | tuple[str, ...] = ("k", "v", "down")
 
     def __post_init__(self):

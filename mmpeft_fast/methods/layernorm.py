@@ -21,6 +21,11 @@ class LayerNorm(Method):
     embeddings: bool = False
     head: bool = False
 
+    @property
+    def small_learning_rate(self) -> float:
+        """Matrices, where there are any, do not bear the rate of gains."""
+        return 3e-3 if self.embeddings or self.head else 1e-1
+
     def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
         norms = ("input_norm", "post_attention_norm") + (("final_norm",) if self.final else ())
         parts = tuple(part for part in ("connector", "embeddings", "head") if getattr(self, part))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated
 
 from mmpeft_fast.fields import at_least
@@ -23,6 +24,9 @@ class LoRA(Method):
         independent_masks: one dropout mask a site, as in HF PEFT; otherwise sites that share an input share a mask,
             which has the same distribution for each of them and costs one skinny GEMM instead of several.
     """
+
+    small_settings = MappingProxyType({"r": 16, "alpha": 32})
+    small_learning_rate = 5e-3
 
     r: Width = 128
     alpha: Annotated[float, at_least(0)] = 256

@@ -1,8 +1,8 @@
 """The base of method configurations: a frozen dataclass that turns itself into a placement of primitives."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from mmpeft_fast.fields import Bound, at_least, between, check_fields
 from mmpeft_fast.layers.plan import ATTENTION_ROLES, LINEAR_ROLES, MLP_ROLES, Plan
@@ -18,7 +18,19 @@ _LOCATIONS = {"attention": (*ATTENTION_ROLES, "qkv"), "mlp": MLP_ROLES, "both": 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A PEFT method with its settings. Raises ValueError for a setting of another type or out of range."""
+    """A PEFT method with its settings. Raises ValueError for a setting of another type or out of range.
+
+    A subclass is a frozen dataclass too. Its class attributes say how it is trained where nobody says otherwise:
+
+    Attributes:
+        learning_rate: for epochs on a pretrained model.
+        small_settings: its settings in the small study, whose models are a few dozen times narrower.
+        small_learning_rate: at which a few dozen steps move such a model.
+    """
+
+    learning_rate: ClassVar[float] = 2e-4
+    small_settings: ClassVar[Mapping[str, Any]] = {}
+    small_learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self):
         check_fields(self, f"{type(self).__name__}.")

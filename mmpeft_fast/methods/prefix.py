@@ -17,6 +17,9 @@ class Prefix(Method):
         projection_width: inner width of that; the decoder's hidden size when None.
     """
 
+    learning_rate = 1e-5
+    small_learning_rate = 3e-1
+
     num_virtual_tokens: Width = 20
     projection: bool = False
     projection_width: Width | None = None

@@ -1,5 +1,7 @@
-"""Model families. A new family is one file and one line in `FAMILIES`."""
+"""Model families. A new family is one file and one line in `FAMILIES`, or outside of this package one call of
+`register_family`."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -8,6 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mmpeft_fast.layers import known
+from mmpeft_fast.layers.causal_lm import called_parts
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.models.checks import check_config
 from mmpeft_fast.models.family import Family
@@ -46,6 +50,7 @@ __all__ = [
     "empty_model",
     "family_of",
     "load_pretrained",
+    "register_family",
     "tiny_model",
     "tiny_processor",
 ]
@@ -54,6 +59,32 @@ __all__ = [
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a wrapper that offers `get_base_model` (HF PEFT), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known by its name and model types to everything that takes one.
+
+    The family answers for its own classes: the forwards of its model classes, and of decoder classes that transformers
+    does not ship, are taken as known as they stand now. `fuse(model, verify=True)` compares what that gives with the
+    unfused model.
+
+    Raises:
+        ValueError: its name or one of its model types is another family's already.
+    """
+    others = [other for name, other in FAMILIES.items() if name != family.name]
+    if family.name in FAMILIES and FAMILIES[family.name].model_class.__qualname__ != family.model_class.__qualname__:
+        raise ValueError(f"register_family: there is a family {family.name!r} already")
+    taken = {model_type: other.name for other in others for model_type in other.model_types}
+    for model_type in family.model_types:
+        if model_type in taken:
+            raise ValueError(f"register_family: model type {model_type!r} is of family {taken[model_type]!r} already")
+    FAMILIES[family.name] = family
+    ids = itertools.count()
+    model = empty_model(family.tiny_config(512, lambda token: next(ids)), dtype=torch.float32)
+    decoder = family.decoder_of(model)
+    for module, role in [(model, "causal_lm"), *called_parts(model, decoder)]:
+        known.accept(type(module), role)
+    family.vouch(model, unless_shipped=True)
 
 
 def _family_for(model_type: str, what: str) -> Family:

@@ -64,18 +64,25 @@ class Family:
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
         return self.paths.layers_of(self.decoder_of(model))
 
-    def vouch(self, model: nn.Module) -> None:
-        """Takes a publisher's classes as known: `is_publishers` has recognised them by their parts, and `adopt` gives
-        them this package's forward."""
-        known.accept(own_class(model), "causal_lm")
-        known.accept(own_class(self.decoder_of(model)), "decoder")
+    def vouch(self, model: nn.Module, *, unless_shipped: bool = False) -> None:
+        """Takes the classes of a model as known, as their forwards stand: a publisher's, which `is_publishers` has
+        recognised by their parts and `adopt` gives this package's forward, or a registered family's.
+
+        unless_shipped: leaves out what transformers and torch ship, which the table of known classes judges.
+        """
+        decoder = self.decoder_of(model)
+        found = [(own_class(model), "causal_lm"), (own_class(decoder), "decoder")]
         for layer in self.layers_of(model):
-            known.accept(own_class(layer), "decoder_layer")
-            for path in self.paths.containers:
-                known.accept(type(attrgetter(path)(layer)), self.paths.container_role(path))
-            for role in ("input_norm", "post_attention_norm"):
-                known.accept(type(self.paths.at(layer, role)), "rms_norm")
-        known.accept(own_class(self.paths.norm_of(self.decoder_of(model))), "rms_norm")
+            found.append((own_class(layer), "decoder_layer"))
+            found += [
+                (type(attrgetter(path)(layer)), self.paths.container_role(path)) for path in self.paths.containers
+            ]
+            norms = [self.paths.at(layer, role) for role in ("input_norm", "post_attention_norm")]
+            found += [(type(norm), "rms_norm") for norm in norms]
+        found.append((own_class(self.paths.norm_of(decoder)), "rms_norm"))
+        for kind, role in found:
+            if not (unless_shipped and kind.__module__.partition(".")[0] in ("transformers", "torch")):
+                known.accept(kind, role)
 
     @property
     def usual_images(self) -> int:

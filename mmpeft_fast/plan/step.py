@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
 from mmpeft_fast.models.inputs import num_supervised, training_batch
@@ -19,6 +18,7 @@ from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
 from mmpeft_fast.plan.request import DTYPES, Request
 from mmpeft_fast.plan.triton_calls import counted_triton, dispatched_as
+from mmpeft_fast.stored.baseline import add_baseline
 
 
 @dataclass(frozen=True, kw_only=True)

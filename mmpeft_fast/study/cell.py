@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_fast import __version__
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.data import Collator
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import load_pretrained
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.small_batches import cut_batch
+from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.study.cells import CellSpec
 from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches
 from mmpeft_fast.study.process import child_main

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from mmpeft_fast.doctor import versions
+from mmpeft_fast.methods import METHODS, make_method
 
 # The tiny models of the study and the family that builds each.
 TINY_MODELS = {"tiny-llava": "llava", "tiny-qwen2-vl": "qwen2_vl"}
@@ -15,26 +16,6 @@ DTYPES = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 NO_METHOD = "none"  # the method of a frozen cell
 EASY_VQA = "easy-vqa"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """How the study runs one method: overrides of its defaults, and the learning rate."""
-
-    overrides: dict = field(default_factory=dict)
-    learning_rate: float
-
-
-# Sizes shrunk with the tiny models' width (LoRA 128 and Adapter 256 belong to a width of 4096). The rates are those at
-# which a few dozen steps move a tiny model; the study's own are for epochs on pretrained 7B models.
-METHODS = {
-    "lora": MethodSettings(overrides={"r": 16, "alpha": 32}, learning_rate=5e-3),
-    "ia3": MethodSettings(learning_rate=1e-1),
-    "adapter": MethodSettings(overrides={"bottleneck": 16}, learning_rate=1e-2),
-    "prefix": MethodSettings(learning_rate=3e-1),
-    "layernorm": MethodSettings(learning_rate=3e-3),
-    "layernorm-simp": MethodSettings(learning_rate=1e-1),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +128,17 @@ def plan(config: StudyConfig) -> tuple[list[BaseSpec], list[CellSpec]]:
             bases.append(BaseSpec(model=model, data=data, pretrain_steps=config.pretrain_steps, seed=config.seed))
             base = bases[-1].key
         for method, implementation in _pairs(config):
-            settings = METHODS.get(method, MethodSettings(learning_rate=0.0))
+            overrides, learning_rate = {}, 0.0
+            if method != NO_METHOD:
+                overrides = dict(METHODS[method]().small_settings)
+                learning_rate = make_method(method, **overrides).small_learning_rate
             cells.append(
                 CellSpec(
                     model=model,
                     method=method,
                     implementation=implementation,
-                    **asdict(settings),
+                    overrides=overrides,
+                    learning_rate=learning_rate,
                     base=base,
                     data=data,
                     **{

@@ -1,13 +1,12 @@
 """Training on Hugging Face Accelerate: configuration, the loop, exact resume, and accuracy."""
 
-from mmpeft_fast.train.config import LEARNING_RATES, TrainConfig
+from mmpeft_fast.train.config import TrainConfig
 from mmpeft_fast.train.evaluate import evaluate_accuracy
 from mmpeft_fast.train.optimization import build_optimizer, cosine_with_warmup
 from mmpeft_fast.train.order import SampleOrder
 from mmpeft_fast.train.trainer import TrainResult, seed_everything, train
 
 __all__ = [
-    "LEARNING_RATES",
     "SampleOrder",
     "TrainConfig",
     "TrainResult",

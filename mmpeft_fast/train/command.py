@@ -15,8 +15,6 @@ from torch import nn
 
 from mmpeft_fast import add_peft, fuse, save_peft, study_method
 from mmpeft_fast.atomic import exclusive, write_text
-from mmpeft_fast.baseline import add_baseline
-from mmpeft_fast.checkpoint import check_replaceable
 from mmpeft_fast.data import (
     Collator,
     Sample,
@@ -28,6 +26,8 @@ from mmpeft_fast.data import (
 from mmpeft_fast.fields import shown
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
+from mmpeft_fast.stored.baseline import add_baseline
+from mmpeft_fast.stored.checkpoint import check_replaceable
 from mmpeft_fast.train.config import TrainConfig
 from mmpeft_fast.train.evaluate import evaluate_accuracy
 from mmpeft_fast.train.trainer import TrainResult, check_output, check_tracker, seed_everything, train

@@ -4,16 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mmpeft_fast.fields import above, at_least, below, between, check_fields
+from mmpeft_fast.methods import make_method
 
-# The study gives the first four. For LayerNorm-tuning (arXiv 2312.11420) we take IA3's, the other method of gains.
-LEARNING_RATES = {
-    "lora": 2e-4,
-    "adapter": 5e-5,
-    "ia3": 2e-4,
-    "prefix": 1e-5,
-    "layernorm": 2e-4,
-    "layernorm-simp": 2e-4,
-}
 # The study's settings for Qwen-VL, where they differ from LLaVA's; taken for every Qwen family.
 _QWEN = {"warmup_ratio": 0.01, "weight_decay": 0.1, "beta2": 0.95, "connector_learning_rate": 1e-5}
 
@@ -65,12 +57,10 @@ class TrainConfig:
     def for_study(cls, method: str, family: str, **overrides: Any) -> "TrainConfig":
         """The study's settings for a method and a model family, by their names; overrides win.
 
-        Raises ValueError for a method the study's table does not have, or an override of no field.
+        Raises ValueError for an unknown method, or an override of no field.
         """
-        if method not in LEARNING_RATES:
-            raise ValueError(f"method: expected one of {', '.join(LEARNING_RATES)}, got {method!r}")
         unknown = set(overrides) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"training options: expected fields of TrainConfig, got {', '.join(sorted(unknown))}")
-        settings = {"learning_rate": LEARNING_RATES[method], **(_QWEN if family.startswith("qwen") else {})}
+        settings = {"learning_rate": make_method(method).learning_rate, **(_QWEN if family.startswith("qwen") else {})}
         return cls(**{**settings, **overrides})

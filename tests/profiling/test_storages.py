@@ -8,9 +8,9 @@ from torch import nn
 
 import mmpeft_fast
 from mmpeft_fast import METHODS, fuse, make_method, peak_bytes
-from mmpeft_fast.baseline import add_baseline
 from mmpeft_fast.peft_model import add_peft
 from mmpeft_fast.profiling.storages import ROLES, Storages, Timeline
+from mmpeft_fast.stored.baseline import add_baseline
 from tests.tiny_models import tiny_batch, tiny_model
 
 MOST_OFF = 0.05  # of the peak

@@ -22,10 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmpeft_fast import LoRA, add_peft, cli, fuse, load_peft, save_peft, unfuse
-from mmpeft_fast.carried import read_carried
 from mmpeft_fast.data import Collator, load_conversations
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.plan.request import Request, model_config
+from mmpeft_fast.stored.slots import read_carried
 from mmpeft_fast.train import TrainConfig, train
 from mmpeft_fast.train.identity import weights_digest
 from mmpeft_fast.train.log import _rows_through

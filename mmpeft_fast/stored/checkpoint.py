@@ -1,7 +1,7 @@
 """Adapters on disk in HF PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-`save_peft` writes what a model trains, `PeftModel.from_pretrained` and `load_peft` read it; an Adapter, which HF PEFT
-does not have, has the same shape of folder and peft_type MMPEFT_ADAPTER.
+`save_peft` writes what a model trains, `PeftModel.from_pretrained` and `load_peft` read it. A method that HF PEFT does
+not have gets a folder of the same shape, with a peft_type that begins with MMPEFT_.
 """
 
 import copy
@@ -17,25 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpeft_fast.atomic import new_folder, recover
-from mmpeft_fast.carried import (
-    ENCODER_ROOT,
-    PROMPT_KEY,
-    Carried,
-    Slot,
-    bare_twin,
-    mark_loaded,
-    read_carried,
-)
-from mmpeft_fast.hf_config import hf_config, method_of, read_config
 from mmpeft_fast.layers.plan import Plan
-from mmpeft_fast.methods import LoRA, Method, Prefix
+from mmpeft_fast.methods import Method
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import add_peft, part_modules
+from mmpeft_fast.stored.form import Slot
+from mmpeft_fast.stored.forms import form_of
+from mmpeft_fast.stored.hf_config import hf_config, method_of, read_config
+from mmpeft_fast.stored.prefix import ENCODER_ROOT, PROMPT_KEY
+from mmpeft_fast.stored.slots import Carried, bare_twin, mark_loaded, read_carried
 
 __all__ = ["load_peft", "save_peft"]
 
-# HF PEFT's configuration has no word for it.
-_INDEPENDENT_MASKS = "independent_masks"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,8 +56,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
         if carried is None:
             raise ValueError(f"save_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
         config, tensors = hf_config(model, carried.method, parts=carried.parts), _stored(model, carried)
-        if isinstance(carried.method, LoRA) and carried.method.independent_masks:
-            metadata[_INDEPENDENT_MASKS] = "true"
+        metadata |= form_of(carried.method).metadata(carried.method)
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     origin = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
@@ -82,7 +74,8 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
     Args:
         model: a plain transformers model of a known family, which gets `add_peft` parameters, or one that carries
             fitting ones, fused or not.
-        folder: written by `save_peft`, or by HF PEFT's `save_pretrained` for LoRA, IA3, LN-tuning or prefix-tuning.
+        folder: written by `save_peft`, or by HF PEFT's `save_pretrained` for LoRA, IA3, LN-tuning or prefix-tuning. A
+            method of one's own has to be known by then (`register_method`).
         trainable: whether the adapter's parameters require grad afterwards; everything else is frozen.
 
     Returns:
@@ -102,15 +95,12 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
     config, tensors, metadata = _read(folder)
     carried, twin = read_carried(model), bare_twin(model)
     method, parts = method_of(config, twin)
-    if isinstance(method, LoRA) and metadata.get(_INDEPENDENT_MASKS) == "true":
-        method = LoRA(**vars(method) | {_INDEPENDENT_MASKS: True})
-    if isinstance(method, Prefix) and method.projection and not any(key.startswith(ENCODER_ROOT) for key in tensors):
-        method = Prefix(num_virtual_tokens=method.num_virtual_tokens)  # as HF PEFT keeps it: materialised
+    method = form_of(method).completed(method, metadata, tensors.keys())
     if carried is not None:
         _check_same(carried.method, method, model)
-    fits = carried or read_carried(_add(twin, method, parts))
-    if isinstance(method, Prefix) and method.projection:
-        tensors.pop(PROMPT_KEY, None)  # what the projection gives
+    fits, holder = (carried, model) if carried else (read_carried(_add(twin, method, parts)), twin)
+    for key in form_of(method).derived(method, holder, family_of(holder)):
+        tensors.pop(key, None)
     _check_tensors(tensors, fits.slots, folder)
 
     carried = carried or read_carried(_add(model, method, parts))
@@ -134,10 +124,8 @@ def _add(model: nn.Module, method: Method, parts: tuple[str, ...]) -> nn.Module:
 def _stored(model: nn.Module, carried: Carried) -> dict[str, Tensor]:
     """The tensors of a model with `add_peft` parameters as they are stored."""
     tensors = {key: _copy(slot.tensor).reshape(slot.shape) for key, slot in carried.slots.items()}
-    if isinstance(carried.method, Prefix) and carried.method.projection:
-        with torch.no_grad():
-            tensors[PROMPT_KEY] = _copy(family_of(model).decoder_of(model).prefix_encoder())
-    return tensors
+    derived = form_of(carried.method).derived(carried.method, model, family_of(model))
+    return tensors | {key: _copy(tensor) for key, tensor in derived.items()}
 
 
 def _of_peft_model(model: PeftModel) -> tuple[PeftConfig, dict[str, Tensor]]:

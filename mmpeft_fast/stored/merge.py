@@ -15,15 +15,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mmpeft_fast.atomic import new_folder, recover
-from mmpeft_fast.carried import drop_peft, forget_method, read_carried
 from mmpeft_fast.hf_peft import register_readers
 from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
 from mmpeft_fast.layers.peft_norm import WideGain
 from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
-from mmpeft_fast.methods import Prefix
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.peft_model import unfuse
+from mmpeft_fast.stored.slots import drop_peft, forget_method, read_carried
 
 __all__ = ["merge_peft"]
 
@@ -86,7 +85,7 @@ def _of_added(model: nn.Module) -> list[_Fold]:
     carried = read_carried(model)
     if carried is None:
         raise ValueError(f"merge_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
-    if isinstance(carried.method, Prefix):
+    if carried.method.plan(family_of(model).paths.roles).prefix is not None:
         raise ValueError(f"merge_peft: {_PREFIX}")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, PeftLinear)]
     for name, linear in linears:

@@ -4,25 +4,17 @@ PEFT stores it by."""
 from collections.abc import Collection
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmpeft_fast.hf_config import meta_twin, part_names, part_parameters, parts_with
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import WideGain
-from mmpeft_fast.layers.plan import LINEAR_ROLES, PARTS
-from mmpeft_fast.methods import LayerNorm, LoRA, Method, Prefix
+from mmpeft_fast.layers.plan import PARTS
+from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, base_model, family_of
 from mmpeft_fast.peft_model import unfuse
-
-PROMPT_KEY, ENCODER_ROOT = "prompt_embeddings", "prompt_encoder."
-
-
-class Slot(NamedTuple):
-    """A tensor of the model, its full name and the shape it is stored in."""
-
-    name: str
-    tensor: Tensor
-    shape: tuple[int, ...]
+from mmpeft_fast.stored.form import Slot
+from mmpeft_fast.stored.forms import form_of
+from mmpeft_fast.stored.hf_config import meta_twin, part_names, part_parameters, parts_with
 
 
 class Carried(NamedTuple):
@@ -47,17 +39,15 @@ def read_carried(model: nn.Module) -> Carried | None:
     family, method = family_of(model), getattr(model, "peft_method", None)
     if method is None:
         return None
-    slots = _method_slots(model, family, method)
+    form = form_of(method)
+    slots = form.slots(method, model, family)
     own = {slot.name for slot in slots.values()}
     parts = _parts_on(model, family, _tuned_names(model) - own, method)
-    root = _key_root(method)
     for module_name in part_names(model, family, parts):
         for name, tensor in model.get_submodule(module_name).state_dict(keep_vars=True).items():
             full = f"{module_name}.{name}"
-            slots[root + full] = Slot(full, tensor, tuple(tensor.shape))
-    if isinstance(method, LayerNorm):
-        return Carried(LayerNorm(final=method.final, **dict.fromkeys(parts, True)), (), slots)
-    return Carried(method, parts, slots)
+            slots[form.root + full] = Slot(full, tensor, tuple(tensor.shape))
+    return Carried(*form.take_parts(method, parts), slots)
 
 
 def mark_loaded(model: nn.Module, names: Collection[str]) -> None:
@@ -101,57 +91,6 @@ def _tuned_names(model: nn.Module) -> set[str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad or name in loaded
     }
-
-
-def _sites(model: nn.Module, family: Family, role: str) -> dict[str, nn.Module]:
-    """The modules that play a role, by full name; none where the family lacks it."""
-    if role == "final_norm":
-        return {f"{family.decoder}.{family.paths.norm}": family.paths.norm_of(family.decoder_of(model))}
-    if role not in family.paths.roles:
-        return {}
-    prefix, path = f"{family.decoder}.{family.paths.layers}", family.paths.roles[role]
-    return {f"{prefix}.{idx}.{path}": family.paths.at(layer, role) for idx, layer in enumerate(family.layers_of(model))}
-
-
-def _key_root(method: Method) -> str:
-    """What HF PEFT puts before the base model's names: a tuner lies between a PeftModel and its model but for a
-    prefix."""
-    return "base_model." if isinstance(method, Prefix) else "base_model.model."
-
-
-def _method_slots(model: nn.Module, family: Family, method: Method) -> dict[str, Slot]:
-    """The method's own tensors by the key they are stored by."""
-    if isinstance(method, Prefix):
-        place, encoder = f"{family.decoder}.prefix_encoder.", family.decoder_of(model).prefix_encoder
-        if not method.projection:
-            weight = encoder.embedding.weight
-            return {PROMPT_KEY: Slot(f"{place}embedding.weight", weight, tuple(weight.shape))}
-        return {
-            ENCODER_ROOT + name: Slot(place + name, parameter, tuple(parameter.shape))
-            for name, parameter in encoder.named_parameters()
-        }
-    root, slots = _key_root(method), {}
-    down, up = ("lora_A", "lora_B") if isinstance(method, LoRA) else ("adapter_down", "adapter_up")
-    for role in LINEAR_ROLES:
-        for name, linear in _sites(model, family, role).items():
-            if not isinstance(linear, PeftLinear):
-                continue
-            for branch in linear.branches:
-                slots[f"{root}{name}.{down}.weight"] = _slot(f"{name}.branches.0.down", branch.down)
-                slots[f"{root}{name}.{up}.weight"] = _slot(f"{name}.branches.0.up", branch.up)
-            if linear.in_scale is not None:
-                slots[f"{root}{name}.ia3_l"] = Slot(f"{name}.in_scale", linear.in_scale, (1, linear.in_features))
-            if linear.out_scale is not None:
-                slots[f"{root}{name}.ia3_l"] = Slot(f"{name}.out_scale", linear.out_scale, (linear.out_features, 1))
-    if isinstance(method, LayerNorm):
-        for role in method.plan(family.paths.roles).gains:
-            for name, norm in _sites(model, family, role).items():
-                slots[f"{root}{name}.ln_tuning_layers.weight"] = _slot(f"{name}.weight", norm.weight)
-    return slots
-
-
-def _slot(name: str, tensor: Tensor) -> Slot:
-    return Slot(name, tensor, tuple(tensor.shape))
 
 
 def _parts_on(model: nn.Module, family: Family, names: set[str], method: Method) -> tuple[str, ...]:

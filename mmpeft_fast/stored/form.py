@@ -1,0 +1,168 @@
+"""How a method is stored: one `Form` a method, in a file of its own."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.plan import LINEAR_ROLES, NORM_ROLES, Plan
+from mmpeft_fast.methods import Method
+from mmpeft_fast.models import Family
+
+OTHERWISE = "PeftModel.from_pretrained and fuse take it as it is"
+
+# What is read of a configuration, and as what; every other field must have its default.
+NAMES = list[str] | str | None
+DESCRIPTION = {
+    "peft_type": object,
+    "auto_mapping": dict | None,
+    "peft_version": str | None,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "task_type": str | None,
+    "inference_mode": bool,
+    "modules_to_save": list[str] | None,
+}
+TARGETING = {
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "layers_to_transform": list[int] | int | None,
+    "layers_pattern": NAMES,
+}
+
+
+class Slot(NamedTuple):
+    """A tensor of the model, its full name and the shape it is stored in."""
+
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Slot":
+        return cls(name, tensor, tuple(tensor.shape))
+
+
+class Targets(NamedTuple):
+    """What HF PEFT applies a configuration to: its tuner layers by name, and the roles that these play."""
+
+    sites: Mapping[str, nn.Module]
+    roles: tuple[str, ...]
+
+
+class Form:
+    """A method on disk and as a configuration of HF PEFT.
+
+    Attributes:
+        method: the class that is stored so; a subclass of it is another method.
+        config: the class of its configuration.
+        read: the fields read of a configuration, and as what.
+        finds_targets: whether HF PEFT says which modules a configuration means (`Targets`).
+        root: what HF PEFT puts before the base model's names.
+        down, up: names of a branch's tensors below its layer.
+    """
+
+    method: type[Method]
+    config: type[PeftConfig]
+    read: Mapping[str, Any]
+    finds_targets = True
+    root = "base_model.model."
+    down, up = "branches.{}.down", "branches.{}.up"
+
+    def to_config(self, method: Method, plan: Plan, model: nn.Module, family: Family) -> PeftConfig:
+        """The configuration, but for modules trained besides (`modules_to_save`)."""
+        raise NotImplementedError
+
+    def to_method(
+        self, config: PeftConfig, targets: Targets | None, parts: tuple[str, ...], model: nn.Module, family: Family
+    ) -> Method:
+        """The inverse of `to_config`. Raises ValueError where the method has no exact equivalent.
+
+        parts: what is trained besides; a method may take some of them as its own (`take_parts`).
+        """
+        raise NotImplementedError
+
+    def take_parts(self, method: Method, parts: tuple[str, ...]) -> tuple[Method, tuple[str, ...]]:
+        """A method that names whole parts itself, with those it is trained with, and the parts that are left."""
+        return method, parts
+
+    def runs_in_hf_peft(self, model: nn.Module, family: Family) -> bool:
+        """Whether HF PEFT has the method and its form of it runs on this model."""
+        return True
+
+    def slots(self, method: Method, model: nn.Module, family: Family) -> dict[str, Slot]:
+        """The method's own tensors by the key they are stored by: branches, scales and gains."""
+        found = {}
+        for role in LINEAR_ROLES:
+            for name, linear in sites(model, family, role).items():
+                if not isinstance(linear, PeftLinear):
+                    continue
+                for i, branch in enumerate(linear.branches):
+                    place = f"{name}.branches.{i}"
+                    found[f"{self.root}{name}.{self.down.format(i)}.weight"] = Slot.of(f"{place}.down", branch.down)
+                    found[f"{self.root}{name}.{self.up.format(i)}.weight"] = Slot.of(f"{place}.up", branch.up)
+                if linear.in_scale is not None:
+                    shape = (1, linear.in_features)
+                    found[f"{self.root}{name}.ia3_l"] = Slot(f"{name}.in_scale", linear.in_scale, shape)
+                if linear.out_scale is not None:
+                    key, shape = "ia3_l" if linear.in_scale is None else "out_scale", (linear.out_features, 1)
+                    found[f"{self.root}{name}.{key}"] = Slot(f"{name}.out_scale", linear.out_scale, shape)
+        for role in method.plan(family.paths.roles).gains:
+            for name, norm in sites(model, family, role).items():
+                found[f"{self.root}{name}.ln_tuning_layers.weight"] = Slot.of(f"{name}.weight", norm.weight)
+        return found
+
+    def derived(self, method: Method, model: nn.Module, family: Family) -> dict[str, Tensor]:
+        """Tensors that are stored besides for HF PEFT, and follow from the others."""
+        return {}
+
+    def metadata(self, method: Method) -> dict[str, str]:
+        """Settings that HF PEFT's configuration has no word for; they go to the tensor file."""
+        return {}
+
+    def completed(self, method: Method, metadata: Mapping[str, str], keys: Collection[str]) -> Method:
+        """A method read from a configuration, with what a tensor file's metadata and keys add to it."""
+        return method
+
+
+def sites(model: nn.Module, family: Family, role: str) -> dict[str, nn.Module]:
+    """The modules that play a role, by full name; none where the family lacks it."""
+    if role == "final_norm":
+        return {f"{family.decoder}.{family.paths.norm}": family.paths.norm_of(family.decoder_of(model))}
+    if role not in family.paths.roles:
+        return {}
+    prefix, path = f"{family.decoder}.{family.paths.layers}", family.paths.roles[role]
+    return {f"{prefix}.{idx}.{path}": family.paths.at(layer, role) for idx, layer in enumerate(family.layers_of(model))}
+
+
+def decoder_pattern(family: Family) -> str:
+    """A regular expression for the decoder's name, in a PeftModel and alone."""
+    return rf"(.*\.)?{family.decoder.rsplit('.', 1)[-1]}"
+
+
+def site_pattern(family: Family, roles: Iterable[str]) -> str:
+    """A regular expression for the names of all modules that play these roles."""
+    names = "|".join(family.paths.roles[role].replace(".", r"\.") for role in roles)
+    return rf"{decoder_pattern(family)}\.{family.paths.layers}\.\d+\.({names})"
+
+
+def roles_at(names: Collection[str], family: Family, model: nn.Module) -> tuple[str, ...]:
+    """The roles that modules with these names play. Raises ValueError unless they are all of each role's modules."""
+    paths, num_layers = family.paths, len(family.layers_of(model))
+    places = {
+        role: {f"{family.decoder}.{paths.layers}.{idx}.{paths.roles[role]}" for idx in range(num_layers)}
+        for role in (*LINEAR_ROLES, *NORM_ROLES)
+        if role in paths.roles
+    }
+    places["final_norm"] = {f"{family.decoder}.{paths.norm}"}
+    roles = tuple(role for role, at in places.items() if at & set(names))
+    for role in roles:
+        if missing := places[role] - set(names):
+            raise ValueError(
+                f"expected role {role!r} adapted in all {num_layers} layers, {min(missing)} is not; {OTHERWISE}"
+            )
+    if outside := set(names) - set().union(*(places[role] for role in roles)):
+        raise ValueError(f"add_peft adapts the decoder's linear layers and norms, not {min(outside)}; {OTHERWISE}")
+    return roles

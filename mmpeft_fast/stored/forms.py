@@ -1,0 +1,25 @@
+"""Which form a method or a configuration has."""
+
+from peft import PeftConfig
+
+from mmpeft_fast.methods import Method
+from mmpeft_fast.stored.adapter import AdapterForm
+from mmpeft_fast.stored.form import Form
+from mmpeft_fast.stored.ia3 import IA3Form
+from mmpeft_fast.stored.layernorm import LayerNormForm
+from mmpeft_fast.stored.lora import LoRAForm
+from mmpeft_fast.stored.own import OwnForm
+from mmpeft_fast.stored.prefix import PrefixForm
+
+_OWN = OwnForm()
+FORMS: tuple[Form, ...] = (LoRAForm(), IA3Form(), LayerNormForm(), PrefixForm(), AdapterForm(), _OWN)
+
+
+def form_of(method: Method) -> Form:
+    """The form of a method's very class: a subclass may compute something else, and is stored under its own name."""
+    return next((form for form in FORMS if form.method is type(method)), _OWN)
+
+
+def form_for(config: PeftConfig) -> Form | None:
+    """The form of a configuration, or None where this package has none for it."""
+    return next((form for form in FORMS if form.config is type(config)), None)

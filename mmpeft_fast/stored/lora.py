@@ -1,0 +1,49 @@
+"""LoRA as HF PEFT stores it."""
+
+from peft import LoraConfig
+
+from mmpeft_fast.fields import shown
+from mmpeft_fast.methods import LoRA
+from mmpeft_fast.stored.form import DESCRIPTION, OTHERWISE, TARGETING, Form, site_pattern
+
+_INDEPENDENT_MASKS = "independent_masks"
+_BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal")  # PiSSA and its kin change the base weights as well
+
+
+class LoRAForm(Form):
+    method, config = LoRA, LoraConfig
+    read = (
+        DESCRIPTION
+        | TARGETING
+        | {"r": int, "lora_alpha": float, "lora_dropout": float, "use_rslora": bool}
+        | {"init_lora_weights": bool | str, "runtime_config": object}
+    )
+    down, up = "lora_A", "lora_B"
+
+    def to_config(self, method, plan, model, family):
+        return LoraConfig(
+            r=method.r,
+            lora_alpha=method.alpha,
+            lora_dropout=method.dropout,
+            use_rslora=method.rank_stabilized,
+            target_modules=site_pattern(family, plan.branches),
+        )
+
+    def to_method(self, config, targets, parts, model, family):
+        if config.init_lora_weights not in _BASE_KEEPING_INITS:
+            init = shown(config.init_lora_weights)
+            raise ValueError(f"LoraConfig: init_lora_weights={init} changes the base weights; {OTHERWISE}")
+        return LoRA(
+            r=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=targets.roles,
+            rank_stabilized=config.use_rslora,
+        )
+
+    def metadata(self, method):
+        return {_INDEPENDENT_MASKS: "true"} if method.independent_masks else {}
+
+    def completed(self, method, metadata, keys):
+        is_independent = metadata.get(_INDEPENDENT_MASKS) == "true"
+        return LoRA(**vars(method) | {_INDEPENDENT_MASKS: True}) if is_independent else method
