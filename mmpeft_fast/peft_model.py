@@ -19,11 +19,11 @@ from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
 from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
-from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
+from mmpeft_fast.placement import Placement
 from mmpeft_fast.verify import HEAD, Comparison, compare
 
 __all__ = ["add_peft", "fuse", "is_fused", "study_method", "takes_hints", "unfuse", "verify_fused"]
@@ -84,15 +84,15 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         raise ValueError("add_peft: the model carries PEFT parameters already; expected one without")
     if is_fused(model):
         raise ValueError("add_peft: the model is fused; call unfuse(model) first")
-    plan, paths = method.plan(family.paths.roles), family.paths
-    if plan.prefix is not None and not isinstance(model, family.model_class):
+    placement, paths = method.place(family.paths.roles), family.paths
+    if placement.prefix is not None and not isinstance(model, family.model_class):
         raise ValueError(
             f"add_peft: {type(model).__name__} cannot see a prefix; expected a {family.model_class.__name__} "
             "(load_pretrained)"
         )
     layers = family.layers_of(model)
-    sites = {role: [paths.at(layer, role) for layer in layers] for role in layer_roles(family, plan)}
-    for role in (*plan.branches, *plan.scales):
+    sites = {role: [paths.at(layer, role) for layer in layers] for role in layer_roles(family, placement)}
+    for role in (*placement.branches, *placement.scales):
         for linear in sites[role]:
             if not isinstance(linear, PeftLinear) and type(linear) is not nn.Linear:
                 raise ValueError(
@@ -100,18 +100,18 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
                 )
 
     model.requires_grad_(False)
-    for role, branch in plan.branches.items():
+    for role, branch in placement.branches.items():
         for linear in sites[role]:
             PeftLinear.convert(linear).add_branch(branch)
-    for role, where in plan.scales.items():
+    for role, where in placement.scales.items():
         for linear in sites[role]:
             PeftLinear.convert(linear).add_scale(where)
-    for role in plan.gains:
+    for role in placement.gains:
         for norm in [paths.norm_of(decoder)] if role == "final_norm" else sites[role]:
             train_gain(norm)
-    if plan.prefix is not None:
-        _add_prefix(decoder, family, plan)
-    parts = set(plan.parts) | ({"connector"} if train_connector else set())
+    if placement.prefix is not None:
+        _add_prefix(decoder, family, placement)
+    parts = set(placement.parts) | ({"connector"} if train_connector else set())
     for module in part_modules(model, family, parts):
         module.requires_grad_(True)
     model.peft_method = method
@@ -127,9 +127,9 @@ def study_method(model: nn.Module, name: str, **overrides) -> Method:
     return make_method(name, **dict(family_of(model).method_settings.get(name, {})) | overrides)
 
 
-def layer_roles(family: Family, plan: Plan) -> list[str]:
-    """The roles of a decoder layer that a plan touches. Raises ValueError where the family lacks one."""
-    wanted = [*plan.branches, *plan.scales, *(role for role in plan.gains if role != "final_norm")]
+def layer_roles(family: Family, placement: Placement) -> list[str]:
+    """The roles of a decoder layer that a placement touches. Raises ValueError where the family lacks one."""
+    wanted = [*placement.branches, *placement.scales, *(role for role in placement.gains if role != "final_norm")]
     unknown, known = [role for role in wanted if role not in family.paths.roles], list(family.paths.roles)
     if unknown:
         raise ValueError(f"family {family.name!r} has no roles {unknown}; expected roles in {known}")
@@ -137,7 +137,7 @@ def layer_roles(family: Family, plan: Plan) -> list[str]:
 
 
 def part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.Module]:
-    """The modules of whole parts (`plan.PARTS`), in that order."""
+    """The modules of whole parts (`placement.PARTS`), in that order."""
     modules = family.modules_at(model, family.connector) if "connector" in parts else []
     if "embeddings" in parts:
         modules.append(model.get_input_embeddings())
@@ -146,11 +146,11 @@ def part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.M
     return modules
 
 
-def _add_prefix(decoder: nn.Module, family: Family, plan: Plan) -> None:
+def _add_prefix(decoder: nn.Module, family: Family, placement: Placement) -> None:
     config, paths = decoder.config, family.paths
     attentions = [paths.attention_of(layer) for layer in paths.layers_of(decoder)]
     encoder = PrefixEncoder(
-        plan.prefix,
+        placement.prefix,
         num_layers=len(attentions),
         num_kv_heads=config.num_key_value_heads,
         head_dim=attentions[0].head_dim,

@@ -29,10 +29,10 @@ from mmpeft_fast.fusion import Candidate, candidates
 from mmpeft_fast.layers.causal_lm import supervised_targets
 from mmpeft_fast.layers.class_swap import is_swapped, own_class
 from mmpeft_fast.layers.graphless import Graphless
-from mmpeft_fast.layers.plan import ATTENTION_ROLES, MLP_ROLES
 from mmpeft_fast.layers.sites import is_plain
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.ops.rows import take_rows
+from mmpeft_fast.placement import ATTENTION_ROLES, MLP_ROLES
 from mmpeft_fast.small_batches import made_batches
 
 __all__ = ["Comparison", "Row", "as_unfused", "compare"]

@@ -48,11 +48,11 @@ def test_paths():
 
 
 def test_locations_mean_the_roles_that_a_layer_has():
-    assert tuple(LoRA(targets="attention").plan(FUSED_ROLES).branches) == ("o", "qkv")
-    assert set(LoRA().plan(FUSED_ROLES).branches) == set(FUSED_ROLES)
-    positions = {role: b.position for role, b in Adapter(targets="both").plan(FUSED_ROLES).branches.items()}
+    assert tuple(LoRA(targets="attention").place(FUSED_ROLES).branches) == ("o", "qkv")
+    assert set(LoRA().place(FUSED_ROLES).branches) == set(FUSED_ROLES)
+    positions = {role: b.position for role, b in Adapter(targets="both").place(FUSED_ROLES).branches.items()}
     assert positions == {"o": "post", "gate": "pre", "up": "pre", "down": "post", "qkv": "pre"}
-    assert IA3(targets="mlp").plan(FUSED_ROLES).scales == {"down": "input"}
+    assert IA3(targets="mlp").place(FUSED_ROLES).scales == {"down": "input"}
     with pytest.raises(ValueError, match="IA3: expected at least one role"):
-        IA3(targets="attention").plan(FUSED_ROLES)  # k and v cannot be told apart there
-    assert LoRA(targets=("q", "qkv")).plan(FUSED_ROLES).branches.keys() == {"q", "qkv"}  # refused where they meet
+        IA3(targets="attention").place(FUSED_ROLES)  # k and v cannot be told apart there
+    assert LoRA(targets=("q", "qkv")).place(FUSED_ROLES).branches.keys() == {"q", "qkv"}  # refused where they meet

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmpeft_fast"
 CORE = {"methods", "models", "layers", "ops", "mmpeft_kernels"}
 PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "stored"}
-SHARED = {"atomic", "closeness", "fields", "json_text", "measure", "version"}  # leaves that every part may import
+SHARED = {
+    "atomic",
+    "closeness",
+    "fields",
+    "json_text",
+    "measure",
+    "placement",
+    "version",
+}  # leaves that every part may import
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
@@ -34,6 +42,7 @@ ALLOWED = {
     "mmpeft_kernels": set(),
     "shipped": {"fusion", "models", "layers"},
     "atomic": set(),
+    "placement": set(),
     "plugins": set(),
     "fields": set(),
     "json_text": set(),

@@ -7,33 +7,33 @@ import torch
 
 from mmpeft_fast import IA3, METHODS, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, make_method, unfuse
 from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
-from mmpeft_fast.layers.plan import ATTENTION_ROLES, BranchPlan
+from mmpeft_fast.placement import ATTENTION_ROLES, BranchPlacement
 from tests.closeness import assert_as_close_as_eager
 from tests.tiny_models import loss_and_grads, tiny_batch, tiny_model
 
 
 def test_study_defaults():
-    lora = LoRA().plan().branches
+    lora = LoRA().place().branches
     assert set(lora) == {"q", "k", "v", "o", "gate", "up", "down"}
-    assert lora["q"] == BranchPlan(position="parallel", rank=128, scaling=2.0, dropout=0.05)
-    adapter = Adapter().plan().branches
+    assert lora["q"] == BranchPlacement(position="parallel", rank=128, scaling=2.0, dropout=0.05)
+    adapter = Adapter().place().branches
     assert {role: branch.position for role, branch in adapter.items()} == {"gate": "pre", "up": "pre", "down": "post"}
     assert adapter["up"].activation == "tanh" and adapter["up"].rank == 256 and adapter["up"].init == "bert"
-    assert IA3().plan().scales == {"k": "output", "v": "output", "down": "input"}
-    assert Prefix().plan().prefix.num_virtual_tokens == 20
+    assert IA3().place().scales == {"k": "output", "v": "output", "down": "input"}
+    assert Prefix().place().prefix.num_virtual_tokens == 20
     assert make_method("layernorm") == LayerNorm(connector=True, embeddings=True, head=True)
 
 
 def test_locations():
-    assert tuple(LoRA(targets="attention").plan().branches) == ATTENTION_ROLES
-    assert {r: b.position for r, b in Adapter(targets="attention").plan().branches.items()} == {
+    assert tuple(LoRA(targets="attention").place().branches) == ATTENTION_ROLES
+    assert {r: b.position for r, b in Adapter(targets="attention").place().branches.items()} == {
         "q": "pre", "k": "pre", "v": "pre", "o": "post",
     }  # fmt: skip
-    assert {b.position for b in Adapter(placement="parallel", targets="both").plan().branches.values()} == {"parallel"}
-    assert IA3(targets="attention").plan().scales == {"k": "output", "v": "output"}
-    assert IA3(targets="mlp").plan().scales == {"down": "input"}
+    assert {b.position for b in Adapter(placement="parallel", targets="both").place().branches.values()} == {"parallel"}
+    assert IA3(targets="attention").place().scales == {"k": "output", "v": "output"}
+    assert IA3(targets="mlp").place().scales == {"down": "input"}
     assert LoRA(r=4, alpha=8, rank_stabilized=True).scaling == 4.0
-    streams = [branch.stream for branch in LoRA(independent_masks=True).plan().branches.values()]
+    streams = [branch.stream for branch in LoRA(independent_masks=True).place().branches.values()]
     assert len(set(streams)) == 7
 
 
@@ -75,7 +75,7 @@ def test_refused_settings(name, settings, message):
 @pytest.mark.parametrize("init", ["bert", "kaiming"])
 def test_initialisation(init):
     torch.manual_seed(0)
-    branch = Bottleneck(512, 256, BranchPlan(position="parallel", rank=64, init=init), torch.empty(0))
+    branch = Bottleneck(512, 256, BranchPlacement(position="parallel", rank=64, init=init), torch.empty(0))
     bound = {"bert": 0.02, "kaiming": (1 / 512) ** 0.5 / 3**0.5}[init]  # standard deviations
     deviation = branch.down.std().item()
     assert abs(deviation - bound) < 0.05 * bound

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mmpeft_fast import add_peft, fuse, fuse_report, merge_peft, unfuse
-from mmpeft_fast.layers.plan import BranchPlan, Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, Width
+from mmpeft_fast.placement import BranchPlacement, Placement
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
@@ -25,8 +25,8 @@ def _code_after(heading: str) -> str:
 @pytest.fixture
 def parallel_mlp():
     names = {
-        "dataclass": dataclass, "Collection": Collection, "Method": Method, "Width": Width, "Plan": Plan,
-        "BranchPlan": BranchPlan, "SEPARATE_ROLES": SEPARATE_ROLES,
+        "dataclass": dataclass, "Collection": Collection, "Method": Method, "Width": Width, "Placement": Placement,
+        "BranchPlacement": BranchPlacement, "SEPARATE_ROLES": SEPARATE_ROLES,
     }  # fmt: skip
     exec(_code_after("Add a method"), names)
     return names["ParallelMLP"]

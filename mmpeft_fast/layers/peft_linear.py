@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mmpeft_fast.layers.plan import BranchPlan
 from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype
 from mmpeft_fast.ops.segments import Branch, Segment
+from mmpeft_fast.placement import BranchPlacement
 
 
 class Bottleneck(nn.Module):
@@ -18,20 +18,20 @@ class Bottleneck(nn.Module):
 
     Args:
         in_features, out_features: K and N of the branch itself (pre: K -> K, post: N -> N).
-        plan: position, rank, scaling, activation, dropout and initialisation.
+        placement: position, rank, scaling, activation, dropout and initialisation.
         like: tensor whose device and dtype (widened to float32) the parameters take.
     """
 
-    def __init__(self, in_features: int, out_features: int, plan: BranchPlan, like: Tensor):
+    def __init__(self, in_features: int, out_features: int, placement: BranchPlacement, like: Tensor):
         super().__init__()
-        self.plan = plan
+        self.placement = placement
         options = {"dtype": accumulate_dtype(like.dtype), "device": like.device}
-        self.down = nn.Parameter(torch.empty(plan.rank, in_features, **options))
-        self.up = nn.Parameter(torch.empty(out_features, plan.rank, **options))
+        self.down = nn.Parameter(torch.empty(placement.rank, in_features, **options))
+        self.up = nn.Parameter(torch.empty(out_features, placement.rank, **options))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.plan.init == "bert":
+        if self.placement.init == "bert":
             nn.init.normal_(self.down, std=0.02)
             nn.init.normal_(self.up, std=0.02)
         else:
@@ -40,19 +40,19 @@ class Bottleneck(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """The branch's contribution [..., N] to add, from h [..., K]."""
-        kept = nn.functional.dropout(h, self.plan.dropout, self.training)
+        kept = nn.functional.dropout(h, self.placement.dropout, self.training)
         a = kept @ self.down.to(h.dtype).t()
-        return self.plan.scaling * (ACTIVATIONS[self.plan.activation].function(a) @ self.up.to(h.dtype).t())
+        return self.placement.scaling * (ACTIVATIONS[self.placement.activation].function(a) @ self.up.to(h.dtype).t())
 
     def branch(self) -> Branch:
         """This branch as the fused op takes it; dropout only while training."""
-        plan = self.plan
-        dropout = plan.dropout if self.training else 0.0
-        return Branch(self.down, self.up, plan.scaling, plan.activation, plan.position, dropout, plan.stream)
+        place = self.placement
+        dropout = place.dropout if self.training else 0.0
+        return Branch(self.down, self.up, place.scaling, place.activation, place.position, dropout, place.stream)
 
     def extra_repr(self) -> str:
-        plan = self.plan
-        return f"{plan.position}, rank={plan.rank}, scaling={plan.scaling}, {plan.activation}, p={plan.dropout}"
+        place = self.placement
+        return f"{place.position}, rank={place.rank}, scaling={place.scaling}, {place.activation}, p={place.dropout}"
 
 
 class PeftLinear(nn.Linear):
@@ -82,10 +82,10 @@ class PeftLinear(nn.Linear):
         linear.register_parameter("out_scale", None)
         return linear
 
-    def add_branch(self, plan: BranchPlan) -> None:
-        in_features = self.out_features if plan.position == "post" else self.in_features
-        out_features = self.in_features if plan.position == "pre" else self.out_features
-        branch = Bottleneck(in_features, out_features, plan, self.weight)
+    def add_branch(self, placement: BranchPlacement) -> None:
+        in_features = self.out_features if placement.position == "post" else self.in_features
+        out_features = self.in_features if placement.position == "pre" else self.out_features
+        branch = Bottleneck(in_features, out_features, placement, self.weight)
         self.branches.append(branch.train(self.training))
 
     def add_scale(self, where: str) -> None:
@@ -97,7 +97,7 @@ class PeftLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.in_scale is None else (x * self.in_scale).to(x.dtype)
         at = {
-            position: [b for b in self.branches if b.plan.position == position]
+            position: [b for b in self.branches if b.placement.position == position]
             for position in ("pre", "parallel", "post")
         }
         y = nn.functional.linear(sum((branch(h) for branch in at["pre"]), h), self.weight, self.bias)

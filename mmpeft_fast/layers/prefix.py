@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from mmpeft_fast.layers.plan import PrefixPlan
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.attention import concat_prefix_attention
+from mmpeft_fast.placement import PrefixPlacement
 
 EAGER_PREFIX = "mmpeft_prefix"
 
@@ -37,21 +37,28 @@ class PrefixEncoder(nn.Module):
     Linear-tanh-Linear that makes the same matrix once a forward pass, not once a sample."""
 
     def __init__(
-        self, plan: PrefixPlan, *, num_layers: int, num_kv_heads: int, head_dim: int, hidden_size: int, like: Tensor
+        self,
+        placement: PrefixPlacement,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        like: Tensor,
     ):
         super().__init__()
-        self.num_virtual_tokens = plan.num_virtual_tokens
+        self.num_virtual_tokens = placement.num_virtual_tokens
         self.shape = (num_layers, 2, num_kv_heads, head_dim)
         width = 2 * num_layers * num_kv_heads * head_dim
         options = {"dtype": accumulate_dtype(like.dtype), "device": like.device}
         self.transform = None
-        if plan.projection:
-            inner = plan.projection_width or hidden_size
+        if placement.projection:
+            inner = placement.projection_width or hidden_size
             self.transform = nn.Sequential(
                 nn.Linear(hidden_size, inner, **options), nn.Tanh(), nn.Linear(inner, width, **options)
             )
-        embedding_width = hidden_size if plan.projection else width
-        self.embedding = nn.Embedding(plan.num_virtual_tokens, embedding_width, **options)
+        embedding_width = hidden_size if placement.projection else width
+        self.embedding = nn.Embedding(placement.num_virtual_tokens, embedding_width, **options)
         self._projected: Tensor | None = None
 
     def forward(self) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.peft_linear import PeftLinear
-from mmpeft_fast.layers.plan import INITS, BranchPlan
 from mmpeft_fast.layers.sites import read_peft_linear, register_linear
 from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype
 from mmpeft_fast.ops.attention import attention
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.rms_norm import rms_norm
 from mmpeft_fast.ops.segments import POSITIONS
+from mmpeft_fast.placement import INITS, BranchPlacement
 
 __all__ = ["AdapterLinear", "IA3Linear", "LoRALinear", "PrefixAttention", "RMSNorm"]
 
@@ -50,9 +50,9 @@ class _FusedPeftLinear(PeftLinear):
         new.weight, new.bias = linear.weight, linear.bias
         new.requires_grad_(False)
         # What is trained is made again, where the weight lies.
-        plans, new.branches = [branch.plan for branch in new.branches], nn.ModuleList()
-        for plan in plans:
-            new.add_branch(plan)
+        placements, new.branches = [branch.placement for branch in new.branches], nn.ModuleList()
+        for placement in placements:
+            new.add_branch(placement)
         for where, scale in (("input", new.in_scale), ("output", new.out_scale)):
             if scale is not None:
                 new.add_scale(where)
@@ -97,7 +97,7 @@ class LoRALinear(_FusedPeftLinear):
         _check("LoRALinear", "dropout", dropout, 0 <= dropout < 1, "in [0, 1)")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         scaling = alpha / (math.sqrt(r) if rank_stabilized else r)
-        self.add_branch(BranchPlan(position="parallel", rank=r, scaling=scaling, dropout=dropout))
+        self.add_branch(BranchPlacement(position="parallel", rank=r, scaling=scaling, dropout=dropout))
 
 
 class IA3Linear(_FusedPeftLinear):
@@ -173,10 +173,10 @@ class AdapterLinear(_FusedPeftLinear):
         _check(name, "position", position, position in POSITIONS, f"in {list(POSITIONS)}")
         _check(name, "init", init, init in INITS, f"in {list(INITS)}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        plan = BranchPlan(
+        placement = BranchPlacement(
             position=position, rank=bottleneck, scaling=scaling, activation=activation, dropout=dropout, init=init
         )
-        self.add_branch(plan)
+        self.add_branch(placement)
 
 
 class RMSNorm(nn.Module):

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Annotated
 
 from mmpeft_fast.fields import at_least, check_value, one_of
-from mmpeft_fast.layers.plan import INITS, LINEAR_ROLES, BranchPlan, Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Dropout, Method, Width, resolve_targets
+from mmpeft_fast.placement import INITS, LINEAR_ROLES, BranchPlacement, Placement
 
 _POST_ROLES = ("o", "down")
 
@@ -50,15 +50,15 @@ class Adapter(Method):
         check_value("Adapter.activation", self.activation, Annotated[str, one_of(*ACTIVATIONS)])
         resolve_targets(self.targets, LINEAR_ROLES, "Adapter")
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
         def position(role: str) -> str:
             if self.placement == "parallel":
                 return "parallel"
             return "post" if role in _POST_ROLES else "pre"
 
-        return Plan(
+        return Placement(
             branches={
-                role: BranchPlan(
+                role: BranchPlacement(
                     position=position(role),
                     rank=self.bottleneck,
                     scaling=self.scaling,

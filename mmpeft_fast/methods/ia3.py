@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mmpeft_fast.layers.plan import LINEAR_ROLES, Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, resolve_targets
+from mmpeft_fast.placement import LINEAR_ROLES, Placement
 
 _INPUT_ROLES = ("down",)
 
@@ -30,5 +30,5 @@ class IA3(Method):
         allowed = ("k", "v", "down") if isinstance(self.targets, str) else LINEAR_ROLES
         return resolve_targets(self.targets, allowed, "IA3", roles)
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
-        return Plan(scales={role: "input" if role in _INPUT_ROLES else "output" for role in self._resolve(roles)})
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
+        return Placement(scales={role: "input" if role in _INPUT_ROLES else "output" for role in self._resolve(roles)})

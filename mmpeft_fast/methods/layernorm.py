@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Method
+from mmpeft_fast.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class LayerNorm(Method):
         """Matrices, where there are any, do not bear the rate of gains."""
         return 3e-3 if self.embeddings or self.head else 1e-1
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
         norms = ("input_norm", "post_attention_norm") + (("final_norm",) if self.final else ())
         parts = tuple(part for part in ("connector", "embeddings", "head") if getattr(self, part))
-        return Plan(gains=norms, parts=parts)
+        return Placement(gains=norms, parts=parts)

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Annotated
 
 from mmpeft_fast.fields import at_least
-from mmpeft_fast.layers.plan import LINEAR_ROLES, BranchPlan, Plan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Dropout, Method, Width, resolve_targets
+from mmpeft_fast.placement import LINEAR_ROLES, BranchPlacement, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class LoRA(Method):
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
-        return Plan(
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
+        return Placement(
             branches={
-                role: BranchPlan(
+                role: BranchPlacement(
                     position="parallel",
                     rank=self.r,
                     scaling=self.scaling,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from mmpeft_fast.fields import Bound, at_least, between, check_fields
-from mmpeft_fast.layers.plan import ATTENTION_ROLES, LINEAR_ROLES, MLP_ROLES, Plan
+from mmpeft_fast.placement import ATTENTION_ROLES, LINEAR_ROLES, MLP_ROLES, Placement
 
 # A rank or another inner width; no decoder's hidden size is near the upper end, and a typo is not an out-of-memory.
 Width = Annotated[int, between(1, 65536)]
@@ -35,7 +35,7 @@ class Method:
     def __post_init__(self):
         check_fields(self, f"{type(self).__name__}.")
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
         """What this method places where, for a decoder layer that has `roles`."""
         raise TypeError(f"{type(self).__name__} does not say what it places")
 

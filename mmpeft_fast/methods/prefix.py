@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mmpeft_fast.layers.plan import Plan, PrefixPlan
 from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, Width
+from mmpeft_fast.placement import Placement, PrefixPlacement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Prefix(Method):
     projection: bool = False
     projection_width: Width | None = None
 
-    def plan(self, roles: Collection[str] = SEPARATE_ROLES) -> Plan:
-        return Plan(
-            prefix=PrefixPlan(
+    def place(self, roles: Collection[str] = SEPARATE_ROLES) -> Placement:
+        return Placement(
+            prefix=PrefixPlacement(
                 num_virtual_tokens=self.num_virtual_tokens,
                 projection=self.projection,
                 projection_width=self.projection_width,

@@ -37,8 +37,8 @@ class AdapterForm(Form):
     finds_targets = False
     down, up = "adapter_down", "adapter_up"
 
-    def to_config(self, method, plan, model, family):
-        return AdapterConfig(**dataclasses.asdict(method) | {"targets": list(plan.branches)})
+    def to_config(self, method, placement, model, family):
+        return AdapterConfig(**dataclasses.asdict(method) | {"targets": list(placement.branches)})
 
     def to_method(self, config, targets, parts, model, family):
         names = {field.name for field in dataclasses.fields(Adapter)}

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmpeft_fast.atomic import new_folder, recover
-from mmpeft_fast.layers.plan import Plan
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import add_peft, part_modules
+from mmpeft_fast.placement import Placement
 from mmpeft_fast.stored.form import Slot
 from mmpeft_fast.stored.forms import form_of
 from mmpeft_fast.stored.hf_config import hf_config, method_of, read_config
@@ -195,16 +195,16 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
 def _check_same(carried: Method, saved: Method, model: nn.Module) -> None:
     """Raises ValueError unless both compute the same from the same tensors; how they are trained may differ."""
     roles = family_of(model).paths.roles
-    if _computation(carried.plan(roles)) != _computation(saved.plan(roles)):
+    if _computation(carried.place(roles)) != _computation(saved.place(roles)):
         raise ValueError(f"load_peft: expected an adapter for the model's {carried}, got {saved}")
 
 
-def _computation(plan: Plan) -> tuple:
+def _computation(placement: Placement) -> tuple:
     branches = {
         role: (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
-        for role, branch in plan.branches.items()
+        for role, branch in placement.branches.items()
     }
-    return branches, dict(plan.scales), plan.prefix, set(plan.gains)
+    return branches, dict(placement.scales), placement.prefix, set(placement.gains)
 
 
 def _check_tensors(tensors: dict[str, Tensor], slots: dict[str, Slot], folder: Path) -> None:

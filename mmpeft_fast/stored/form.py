@@ -7,9 +7,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from mmpeft_fast.layers.peft_linear import PeftLinear
-from mmpeft_fast.layers.plan import LINEAR_ROLES, NORM_ROLES, Plan
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family
+from mmpeft_fast.placement import LINEAR_ROLES, NORM_ROLES, Placement
 
 OTHERWISE = "PeftModel.from_pretrained and fuse take it as it is"
 
@@ -71,7 +71,7 @@ class Form:
     root = "base_model.model."
     down, up = "branches.{}.down", "branches.{}.up"
 
-    def to_config(self, method: Method, plan: Plan, model: nn.Module, family: Family) -> PeftConfig:
+    def to_config(self, method: Method, placement: Placement, model: nn.Module, family: Family) -> PeftConfig:
         """The configuration, but for modules trained besides (`modules_to_save`)."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class Form:
                 if linear.out_scale is not None:
                     key, shape = "ia3_l" if linear.in_scale is None else "out_scale", (linear.out_features, 1)
                     found[f"{self.root}{name}.{key}"] = Slot(f"{name}.out_scale", linear.out_scale, shape)
-        for role in method.plan(family.paths.roles).gains:
+        for role in method.place(family.paths.roles).gains:
             for name, norm in sites(model, family, role).items():
                 found[f"{self.root}{name}.ln_tuning_layers.weight"] = Slot.of(f"{name}.weight", norm.weight)
         return found

@@ -20,10 +20,10 @@ from torch import nn
 
 from mmpeft_fast.fields import check_value, shown
 from mmpeft_fast.json_text import parse
-from mmpeft_fast.layers.plan import PARTS
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, family_of
 from mmpeft_fast.peft_model import layer_roles, part_modules
+from mmpeft_fast.placement import PARTS
 from mmpeft_fast.stored.form import OTHERWISE, Form, Targets, roles_at
 from mmpeft_fast.stored.forms import FORMS, form_for, form_of
 
@@ -75,7 +75,7 @@ def hf_config(model: nn.Module, method: Method, *, parts: Collection[str] = ()) 
     Args:
         model: a transformers model of a known family; not changed.
         method: any method.
-        parts: whole parts (`plan.PARTS`) that are trained besides what the method itself names.
+        parts: whole parts (`placement.PARTS`) that are trained besides what the method itself names.
 
     Returns:
         HF PEFT's configuration where it has the method, else one of the same kind.
@@ -84,10 +84,10 @@ def hf_config(model: nn.Module, method: Method, *, parts: Collection[str] = ()) 
         ValueError: the method names a role that the family lacks.
     """
     family = family_of(model)
-    plan = method.plan(family.paths.roles)
-    layer_roles(family, plan)
-    config = form_of(method).to_config(method, plan, model, family)
-    config.modules_to_save = part_names(model, family, {*plan.parts, *parts}) or None
+    placement = method.place(family.paths.roles)
+    layer_roles(family, placement)
+    config = form_of(method).to_config(method, placement, model, family)
+    config.modules_to_save = part_names(model, family, {*placement.parts, *parts}) or None
     return config
 
 
@@ -101,7 +101,7 @@ def method_of(config: PeftConfig, model: nn.Module) -> tuple[Method, tuple[str, 
         model: a plain transformers model of a known family; not changed.
 
     Returns:
-        The method, and the parts (`plan.PARTS`) trained besides what the method itself names.
+        The method, and the parts (`placement.PARTS`) trained besides what the method itself names.
 
     Raises:
         ValueError: the configuration is of another method, or `add_peft` has no exact equivalent of it.

@@ -10,16 +10,16 @@ class IA3Form(Form):
     method, config = IA3, IA3Config
     read = DESCRIPTION | TARGETING | {"feedforward_modules": NAMES, "init_ia3_weights": bool}
 
-    def to_config(self, method, plan, model, family):
-        inputs = [role for role, where in plan.scales.items() if where == "input"]
+    def to_config(self, method, placement, model, family):
+        inputs = [role for role, where in placement.scales.items() if where == "input"]
         return IA3Config(
-            target_modules=site_pattern(family, plan.scales),
+            target_modules=site_pattern(family, placement.scales),
             feedforward_modules=site_pattern(family, inputs) if inputs else [],
         )
 
     def to_method(self, config, targets, parts, model, family):
         method = IA3(targets=targets.roles)
-        for role, where in method.plan(family.paths.roles).scales.items():
+        for role, where in method.place(family.paths.roles).scales.items():
             for name, site in targets.sites.items():
                 if name.endswith(f".{family.paths.roles[role]}") and site.is_feedforward != (where == "input"):
                     got = "input" if site.is_feedforward else "output"

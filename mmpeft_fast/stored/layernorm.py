@@ -10,9 +10,9 @@ class LayerNormForm(Form):
     method, config = LayerNorm, LNTuningConfig
     read = DESCRIPTION | TARGETING
 
-    def to_config(self, method, plan, model, family):
-        pattern = site_pattern(family, [role for role in plan.gains if role != "final_norm"])
-        if "final_norm" in plan.gains:
+    def to_config(self, method, placement, model, family):
+        pattern = site_pattern(family, [role for role in placement.gains if role != "final_norm"])
+        if "final_norm" in placement.gains:
             pattern += rf"|{decoder_pattern(family)}\.{family.paths.norm}"
         return LNTuningConfig(target_modules=pattern)
 

@@ -20,13 +20,13 @@ class LoRAForm(Form):
     )
     down, up = "lora_A", "lora_B"
 
-    def to_config(self, method, plan, model, family):
+    def to_config(self, method, placement, model, family):
         return LoraConfig(
             r=method.r,
             lora_alpha=method.alpha,
             lora_dropout=method.dropout,
             use_rslora=method.rank_stabilized,
-            target_modules=site_pattern(family, plan.branches),
+            target_modules=site_pattern(family, placement.branches),
         )
 
     def to_method(self, config, targets, parts, model, family):

@@ -85,7 +85,7 @@ def _of_added(model: nn.Module) -> list[_Fold]:
     carried = read_carried(model)
     if carried is None:
         raise ValueError(f"merge_peft: expected a model with PEFT parameters, got a plain {type(model).__name__}")
-    if carried.method.plan(family_of(model).paths.roles).prefix is not None:
+    if carried.method.place(family_of(model).paths.roles).prefix is not None:
         raise ValueError(f"merge_peft: {_PREFIX}")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, PeftLinear)]
     for name, linear in linears:
@@ -98,15 +98,15 @@ def _check_foldable(name: str, branch: nn.Module) -> None:
     """Raises ValueError unless a branch is s U D beside the layer."""
     if type(branch) is not Bottleneck:
         raise ValueError(f"merge_peft: {name} has a branch of type {type(branch).__name__}, which may be no linear one")
-    plan = branch.plan
-    if plan.activation != "identity":
+    placement = branch.placement
+    if placement.activation != "identity":
         raise ValueError(
-            f"merge_peft: {name} has a branch that cannot be merged: {plan.activation} makes it nonlinear; "
+            f"merge_peft: {name} has a branch that cannot be merged: {placement.activation} makes it nonlinear; "
             "expected activation 'identity'"
         )
-    if plan.position != "parallel":
+    if placement.position != "parallel":
         raise ValueError(
-            f"merge_peft: {name} has a branch that cannot be merged: its position is {plan.position!r}; "
+            f"merge_peft: {name} has a branch that cannot be merged: its position is {placement.position!r}; "
             "expected 'parallel'"
         )
 

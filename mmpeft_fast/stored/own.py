@@ -29,7 +29,7 @@ class OwnForm(Form):
     read = DESCRIPTION | {"method": str, "settings": dict}
     finds_targets = False
 
-    def to_config(self, method, plan, model, family):
+    def to_config(self, method, placement, model, family):
         settings = {each.name: getattr(method, each.name) for each in dataclasses.fields(method)}
         try:
             stored = json.loads(json.dumps(settings))

@@ -23,7 +23,7 @@ class PrefixForm(Form):
     finds_targets = False
     root = "base_model."  # no tuner lies between a PeftModel and its model
 
-    def to_config(self, method, plan, model, family):
+    def to_config(self, method, placement, model, family):
         return PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=method.num_virtual_tokens,

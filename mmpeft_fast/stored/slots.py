@@ -8,17 +8,17 @@ from torch import nn
 
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import WideGain
-from mmpeft_fast.layers.plan import PARTS
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, base_model, family_of
 from mmpeft_fast.peft_model import unfuse
+from mmpeft_fast.placement import PARTS
 from mmpeft_fast.stored.form import Slot
 from mmpeft_fast.stored.forms import form_of
 from mmpeft_fast.stored.hf_config import meta_twin, part_names, part_parameters, parts_with
 
 
 class Carried(NamedTuple):
-    """A method, the parts (`plan.PARTS`) trained besides what it names itself, and all their tensors by stored key."""
+    """A method, the parts (`placement.PARTS`) trained besides its own, and all their tensors by stored key."""
 
     method: Method
     parts: tuple[str, ...]

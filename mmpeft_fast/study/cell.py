@@ -18,6 +18,7 @@ from mmpeft_fast.data import Collator
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import load_pretrained
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
+from mmpeft_fast.plugins import load_plugins
 from mmpeft_fast.small_batches import cut_batch
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.study.cells import CellSpec
@@ -162,6 +163,7 @@ def _memory(model: nn.Module, batch: dict, spec: CellSpec) -> dict:
 
 
 def _run(job: dict) -> dict:
+    load_plugins()
     return measure(CellSpec(**job["spec"]), Inputs(**job["inputs"]), job["base"])
 
 

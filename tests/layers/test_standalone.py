@@ -109,7 +109,7 @@ def test_dropout_only_in_training_and_the_same_mask_backward():
     with torch.no_grad():
         layer.weight.zero_()
     branch = layer.branches[0]
-    options = {"scaling": branch.plan.scaling, "dropout": 0.5, "seed": seed}
+    options = {"scaling": branch.placement.scaling, "dropout": 0.5, "seed": seed}
     y = functional.lora_linear(x, layer.weight, branch.down, branch.up, **options)
     assert torch.equal(y, functional.lora_linear(x, layer.weight, branch.down, branch.up, **options))
     # Linear in x for a fixed mask: the directional derivative of the backward is the forward itself.
@@ -126,7 +126,7 @@ def test_functions_are_the_modules():
     lora = off_their_initial_values(LoRALinear(12, 20, r=4))
     branch = lora.branches[0]
     y = functional.lora_linear(
-        x, lora.weight, branch.down, branch.up, scaling=branch.plan.scaling, bias=lora.bias, residual=residual
+        x, lora.weight, branch.down, branch.up, scaling=branch.placement.scaling, bias=lora.bias, residual=residual
     )
     assert torch.equal(y, lora(x, residual=residual))
     for where in ("input", "output"):

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmpeft_fast.methods import METHODS as BUILDERS
-from mmpeft_fast.methods import make_method
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.study import cells
-from mmpeft_fast.study.cells import METHODS, TINY_MODELS, StudyConfig, plan
+from mmpeft_fast.study.cells import METHODS, NO_METHOD, TINY_MODELS, StudyConfig, plan
 
 
 def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
@@ -24,9 +22,13 @@ def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
 
 
 def test_the_settings_fit_the_methods_and_families():
-    assert set(METHODS) == set(BUILDERS)
-    for name, settings in METHODS.items():
-        make_method(name, **settings.overrides)
+    planned = plan(StudyConfig(output=Path("out")))[1]
+    settings = {cell.method: cell for cell in planned if cell.method != NO_METHOD}
+    assert set(settings) == set(METHODS)
+    assert settings["lora"].overrides == {"r": 16, "alpha": 32} and settings["adapter"].overrides == {"bottleneck": 16}
+    assert {name: cell.learning_rate for name, cell in settings.items()} == {
+        "lora": 5e-3, "ia3": 1e-1, "adapter": 1e-2, "prefix": 3e-1, "layernorm": 3e-3, "layernorm-simp": 1e-1
+    }  # fmt: skip
     assert set(TINY_MODELS.values()) <= set(FAMILIES)
 
 

@@ -169,7 +169,7 @@ def settings(rng, tools):
             assert getattr(taken[0], key) is value
             plain = getattr(make_method(name), key)
             assert isinstance(value, bool) == isinstance(plain, bool)
-        taken[0].plan()
+        taken[0].place()
 
 
 def configurations_of_runs(rng, tools):

@@ -1,6 +1,7 @@
 """What a method asks for: a placement of the four primitives on roles of a decoder layer, free of any model.
 
-A method file builds a `Plan`; a family file says which module plays which role; `peft_model` brings the two together.
+A method file builds a `Placement`; a family file says which module plays which role; `peft_model` brings the two
+together.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ INITS = ("kaiming", "bert")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchPlan:
+class BranchPlacement:
     """A bottleneck branch `scaling * U f(D drop(.))` of rank `rank`."""
 
     position: str
@@ -31,7 +32,7 @@ class BranchPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixPlan:
+class PrefixPlacement:
     """`num_virtual_tokens` trainable keys and values a layer; with `projection` they come from an embedding through
     Linear, tanh, Linear of inner width `projection_width` (the decoder's hidden size when None)."""
 
@@ -41,12 +42,12 @@ class PrefixPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Placement:
     """branches and scales by linear role (scales: "input" or "output"), norm roles whose gain is trained, and whole
     parts of the model that are trained besides."""
 
-    branches: Mapping[str, BranchPlan] = field(default_factory=dict)
+    branches: Mapping[str, BranchPlacement] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
-    prefix: PrefixPlan | None = None
+    prefix: PrefixPlacement | None = None
     gains: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
