@@ -174,3 +174,15 @@ def test_a_forward_above_the_layers_that_reads_the_cache():
     assert_same_in_double(loss.double(), expected.double())
     for name, grad in truth.items():
         assert_same_in_double(grads[name], grad, name)
+
+
+def test_layers_in_another_order_take_their_prefix_along():
+    expected, got = prefixed(), prefixed()
+    for model in (expected, got):
+        layers = model.get_base_model().model.layers
+        layers[0], layers[1] = layers[1], layers[0]
+    loss, grads = loss_and_grads(expected, BATCH)
+    fused_loss, fused_grads = loss_and_grads(fuse(got), BATCH)
+    assert_same_in_double(fused_loss, loss)
+    for name, grad in grads.items():
+        assert_same_in_double(fused_grads[name], grad, name)

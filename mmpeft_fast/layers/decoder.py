@@ -31,12 +31,12 @@ class FusedDecoderLayer(Swapped):
     """Mixin for decoder layers made of q, k, v (or a fused qkv), o, gate, up, down, two RMSNorms and optional head
     norms, found by `paths`. Parameters stay where they are; this only replaces the computation.
 
-    `cache_idx` is the layer's place in the cache. `query_scale` [B or 1, T, 1] multiplies the queries (log-n
-    attention); never in training, nor with head norms. `is_tail` marks the last layer: given `supervised_rows` [B, C]
-    it computes queries (but those of a fused qkv), o, and the MLP at those positions only and returns [B, C, H]; keys
-    and values are needed everywhere. `ignore_padding`: causality alone keeps padding out of every row that counts, so
-    the mask is not needed. `prefix`: keys and values before the text's, where the call brings them; `attn.prefix` is
-    one that the model has for good.
+    `cache_idx` is the layer's place in the cache where attention does not know it. `query_scale` [B or 1, T, 1]
+    multiplies the queries (log-n attention); never in training, nor with head norms. `is_tail` marks the last
+    layer: given `supervised_rows` [B, C] it computes queries (but those of a fused qkv), o, and the MLP at those
+    positions only and returns [B, C, H]; keys and values are needed everywhere. `ignore_padding`: causality alone
+    keeps padding out of every row that counts, so the mask is not needed. `prefix`: keys and values before the
+    text's, where the call brings them; `attn.prefix` is one that the model has for good.
 
     A layer that cannot be read at some call (an adapter of another kind was activated, a hook was put on a linear
     layer) runs its own forward there, and says so once; with `has_own_forward` false it raises.
@@ -144,8 +144,10 @@ class FusedDecoderLayer(Swapped):
         gains = [None if norm is None else norm.gain for norm in head_norms]
         head_eps = next((norm.eps for norm in head_norms if norm is not None), 0.0)
         q_how, k_how, v_how = map(HeadTransform, scales, (*gains, None))
+        # A layer that somebody moved takes its place in the cache, and its part of HF PEFT's prefix, along.
+        place = getattr(attn, "layer_idx", self.cache_idx)
         if prefix is not None:
-            prefix = prefix.layer(self.cache_idx)
+            prefix = prefix.layer(place)
         elif hasattr(attn, "prefix"):
             prefix = attn.prefix()
         cos, sin = cos_sin
@@ -158,7 +160,7 @@ class FusedDecoderLayer(Swapped):
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)
         k = transform_heads(raw[1], k_how, cos, sin, head_dim, head_eps)
         v = transform_heads(raw[2], v_how, None, None, head_dim, head_eps)
-        k, v = cache.update(k, v, getattr(attn, "layer_idx", self.cache_idx))
+        k, v = cache.update(k, v, place)
         causal = mask is None and q.shape[2] > 1
         out = concat_prefix_attention(q, k, v, scale=scale, mask=mask, causal=causal, prefix=prefix)
         return out.transpose(1, 2).flatten(-2)
