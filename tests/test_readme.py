@@ -1,16 +1,12 @@
 """What the README shows as code runs."""
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmpeft_fast import add_peft, fuse, fuse_report, merge_peft, unfuse
-from mmpeft_fast.methods.method import SEPARATE_ROLES, Method, Width
-from mmpeft_fast.placement import BranchPlacement, Placement
+from mmpeft_fast import METHODS, add_peft, fuse, fuse_report, merge_peft, unfuse
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
@@ -24,12 +20,11 @@ def _code_after(heading: str) -> str:
 
 @pytest.fixture
 def parallel_mlp():
-    names = {
-        "dataclass": dataclass, "Collection": Collection, "Method": Method, "Width": Width, "Placement": Placement,
-        "BranchPlacement": BranchPlacement, "SEPARATE_ROLES": SEPARATE_ROLES,
-    }  # fmt: skip
+    before, names = dict(METHODS), {"__name__": __name__}
     exec(_code_after("Add a method"), names)
-    return names["ParallelMLP"]
+    yield names["ParallelMLP"]
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen_vl"])

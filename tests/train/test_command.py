@@ -1,13 +1,24 @@
 import argparse
 import json
+import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmpeft_fast import METHODS, BranchPlacement, Method, Placement
 from mmpeft_fast.train import command
 from mmpeft_fast.train.command import parse_settings
 from mmpeft_fast.train.log import LOG
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelBranch(Method):
+    rank: int = 4
+
+    def place(self, roles=()):
+        return Placement(branches={"up": BranchPlacement(position="parallel", rank=self.rank, activation="tanh")})
 
 
 @pytest.fixture
@@ -174,3 +185,18 @@ def test_unreadable_images_are_found_before_training(call, data, tmp_path):
 def test_settings():
     parsed = parse_settings(["r=64", "dropout=0.5", "flag=true", "targets=q,v", "init=bert", "none=null"])
     assert parsed == {"r": 64, "dropout": 0.5, "flag": True, "targets": ("q", "v"), "init": "bert", "none": None}
+
+
+def test_a_registered_method_trains_and_resumes(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "branch", ParallelBranch)
+    own = {"method": "branch", "set": "rank=2", "learning-rate": None}
+    call(**own, **{"max-steps": 3, "output": tmp_path / "whole"})
+    call(**own, **{"max-steps": 3, "save-every": 1, "keep-checkpoints": 3})
+    for number in (2, 3):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{number:06d}")
+    (tmp_path / "out" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    call("--resume", **own, **{"max-steps": 3, "save-every": 1, "keep-checkpoints": 3})
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["method"]) == ("MMPEFT_METHOD", "ParallelBranch")
