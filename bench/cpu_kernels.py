@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bench.rows import append_rows, environment, interleaved, quantiles
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import csrc, kernels_cpu, kernels_torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPS = torch.ops.mmpeft_fast_c
 _DROPOUT = 0.05
 

@@ -8,9 +8,8 @@ import torch
 
 from bench.registry import OPS, Shape, make_case
 from bench.rows import append_rows, environment, interleaved, quantiles
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import saved_bytes
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bench_op(name: str, shape: Shape, dtype: str, device: str, rounds: int) -> list[dict]:

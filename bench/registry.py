@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.attention import attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
@@ -166,7 +167,7 @@ def norm(shape: Shape, make: _Maker) -> Case:
 def loss(shape: Shape, make: _Maker) -> Case:
     x, weight = make.input(shape.tokens, shape.hidden), make.frozen(shape.vocab, shape.hidden)
     labels = torch.randint(0, shape.vocab, (shape.tokens,), device=x.device)
-    labels[: shape.tokens * 19 // 20] = -100
+    labels[: shape.tokens * 19 // 20] = IGNORE_INDEX
     rows = slice(shape.tokens * 19 // 20, None)
     return Case(
         {

@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from bench.rows import append_rows, environment, interleaved, quantiles
 from mmpeft_fast import METHODS, fuse, make_method, saved_bytes
+from mmpeft_fast.dtypes import DTYPES
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.stored.baseline import add_baseline
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def decoder(args) -> LlavaForConditionalGeneration:
@@ -41,7 +41,7 @@ def inputs(args) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(args.seed)
     embeddings = torch.randn(args.batch_size, args.seq_len, args.hidden, generator=generator) * 0.02
     labels = torch.randint(0, args.vocab, (args.batch_size, args.seq_len), generator=generator)
-    labels[:, : round(args.seq_len * (1 - args.supervised))] = -100
+    labels[:, : round(args.seq_len * (1 - args.supervised))] = IGNORE_INDEX
     return {"inputs_embeds": embeddings.to(DTYPES[args.dtype]), "labels": labels}
 
 

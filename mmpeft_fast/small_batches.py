@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.models.inputs import image_shape, least_length, special_tokens, training_batch
 
-_IGNORED = -100
 _LENGTH, _ROWS = 12, 2
 _SEED = 0
 # A square image of so many pixels is the smallest that families which take any size turn into several tokens.
@@ -24,13 +24,13 @@ def made_batches(config: PretrainedConfig, dtype: torch.dtype) -> list[dict[str,
     text = _text_batch(config, _ROWS, generator)
     text["attention_mask"][0, :3] = 0
     text["attention_mask"][1, -2:] = 0
-    text["labels"].masked_fill_(text["attention_mask"] == 0, _IGNORED)
+    text["labels"].masked_fill_(text["attention_mask"] == 0, IGNORE_INDEX)
     if hasattr(config, "visual") or hasattr(config, "vision_config"):
         right = _image_batch(config, dtype, generator)
     else:
         right = _text_batch(config, _ROWS, generator)
     right["attention_mask"][0, -2:] = 0
-    right["labels"].masked_fill_(right["attention_mask"] == 0, _IGNORED)
+    right["labels"].masked_fill_(right["attention_mask"] == 0, IGNORE_INDEX)
     return [right, text]
 
 
@@ -48,7 +48,7 @@ def _random_tokens(config: PretrainedConfig, shape: tuple[int, ...], generator: 
 def _text_batch(config: PretrainedConfig, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
     ids = _random_tokens(config, (rows, _LENGTH), generator)
     labels = ids.clone()
-    labels[:, : _LENGTH - _LENGTH // 3 - 2] = _IGNORED
+    labels[:, : _LENGTH - _LENGTH // 3 - 2] = IGNORE_INDEX
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -67,7 +67,7 @@ def _image_batch(config: PretrainedConfig, dtype: torch.dtype, generator: torch.
     ids, labels = batch["input_ids"], batch["labels"]
     is_text = ids == ids[0, 0]  # the first token is text, and all text is one token
     ids[is_text] = _random_tokens(config, (int(is_text.sum()),), generator)
-    labels[labels != _IGNORED] = ids[labels != _IGNORED]
+    labels[labels != IGNORE_INDEX] = ids[labels != IGNORE_INDEX]
     return batch
 
 
@@ -96,11 +96,11 @@ def cut_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut_text(tensors: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    rows = (labels != _IGNORED).any(1).nonzero().flatten()[:_ROWS]
+    rows = (labels != IGNORE_INDEX).any(1).nonzero().flatten()[:_ROWS]
     if not len(rows):
         return {name: tensor[:_ROWS, : 2 * _LENGTH] for name, tensor in tensors.items()}
     # A window with the first labels of the rows, whatever is before it: text without its beginning is text.
-    first = int((labels[rows] != _IGNORED).int().argmax(1).max())
+    first = int((labels[rows] != IGNORE_INDEX).int().argmax(1).max())
     end = min(labels.shape[1], first + _LENGTH // 2)
     start = max(0, end - 2 * _LENGTH)
     return {name: tensor[rows, start:end] for name, tensor in tensors.items()}

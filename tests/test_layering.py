@@ -12,15 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmpeft_fast"
 CORE = {"methods", "models", "layers", "ops", "mmpeft_kernels"}
 PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "stored"}
-SHARED = {
-    "atomic",
-    "closeness",
-    "fields",
-    "json_text",
-    "measure",
-    "placement",
-    "version",
-}  # leaves that every part may import
+# Leaves that every part may import.
+SHARED = {"atomic", "closeness", "dtypes", "fields", "json_text", "labels", "measure", "placement", "version"}
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
@@ -44,6 +37,8 @@ ALLOWED = {
     "atomic": set(),
     "placement": set(),
     "plugins": set(),
+    "dtypes": set(),
+    "labels": set(),
     "fields": set(),
     "json_text": set(),
     "measure": set(),

@@ -14,13 +14,14 @@ from functools import partial
 import torch
 
 from bench.gpu import tuned
-from bench.gpu.judge import DTYPES, cloned, same_bits, verdict, widened
+from bench.gpu.judge import cloned, same_bits, verdict, widened
 from bench.gpu.kernel_cases import Case, call_case, kernel_cases, layout
 from bench.gpu.op_cases import forward_and_gradients, op_cases
 from bench.gpu.repository import ROOT
 from bench.gpu.shapes import LinearCall
 from mmpeft_fast import METHODS
 from mmpeft_fast import provider as forced
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import kernels_torch
 from mmpeft_fast.ops.dispatch import OPS
 from mmpeft_fast.ops.providers import why_not_installed

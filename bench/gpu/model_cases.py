@@ -8,6 +8,7 @@ from torch import Tensor
 from bench.gpu.judge import cloned, mapped, verdict
 from mmpeft_fast import add_peft, fuse, make_method
 from mmpeft_fast import provider as forced
+from mmpeft_fast.labels import IGNORE_INDEX
 
 # Errors of a tiny model are a few coin flips of rounding: they are judged over several models together.
 _NUM_MODELS = 3
@@ -26,7 +27,7 @@ def compare(name: str, dtype: torch.dtype, provider: str, device: str) -> dict[s
         model = add_peft(model, make_method(method, **_SMALL.get(method, {})))
         randomize_trainable(model)
         batch = tiny_batch(family, dtype=dtype)
-        batch["labels"] = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+        batch["labels"] = torch.where(batch["labels"] == IGNORE_INDEX, batch["input_ids"], batch["labels"])
         model, batch = model.to(device), mapped(batch, lambda tensor: tensor.to(device))
         truth_batch = mapped(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         fused = fuse(copy.deepcopy(model))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.gpu.judge import mapped
 from bench.gpu.shapes import DIMS, linear_calls
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.attention import HeadTransform, attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
@@ -174,7 +175,7 @@ def _loss_operands(num_rows, width, num_words, dtype, device, adapters=None) -> 
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
     labels = torch.randint(num_words, (num_rows,), device=device)
-    labels[1:2] = -100
+    labels[1:2] = IGNORE_INDEX
     return {
         "x": torch.randn(num_rows, width, **options),
         "frozen_weight": torch.randn(num_words, width, **options) * width**-0.5,

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.gpu.judge import DTYPES
 from bench.gpu.op_cases import OpCase, timed_cases, with_leaves
 from bench.gpu.timing import device_of, on_provider, timed
 from bench.gpu.worker import one_line
 from mmpeft_fast import saved_bytes
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops.providers import why_not_installed
 
 _SECONDS_A_CASE = 2.0

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.gpu.judge import DTYPES
 from bench.gpu.tuned import of_section, read_rows
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import dispatch
 from mmpeft_fast.plan.devices import Device, device_named
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu import real_peers, tuned, tuning
-from bench.gpu.judge import DTYPES
 from bench.gpu.machine import clocks
 from bench.gpu.profile import profiled, table_of_kernels
 from bench.gpu.shapes import SETTINGS, Setting
 from bench.gpu.timing import device_of, on_provider, timed
 from mmpeft_fast import LoRA, add_peft, fuse, saved_bytes
+from mmpeft_fast.dtypes import DTYPES
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
 from mmpeft_fast.stored.baseline import add_baseline
@@ -68,7 +69,7 @@ def batch(setting: Setting, config, dtype: torch.dtype, device: str) -> dict[str
     ids = torch.randint(vocab // 2, vocab, size, device=device)
     ids = torch.where(ids == image, vocab // 2 - 1, ids)
     labels = ids.clone()
-    labels[:, : round(setting.length * (1 - setting.supervised))] = -100
+    labels[:, : round(setting.length * (1 - setting.supervised))] = IGNORE_INDEX
     inputs = {"input_ids": ids, "labels": labels}
     count = setting.num_image_tokens
     if not count:
@@ -124,7 +125,7 @@ def training_step(model: nn.Module, inputs: dict, implementation: str, capturabl
     autocast = implementation == "unsloth"  # as its trainer does
     if implementation in FUSED:
         # Known on the host, as the package's collator knows it: the step need not wait for the GPU.
-        inputs["supervised_capacity"] = int((inputs["labels"][:, 1:] != -100).sum(1).max())
+        inputs["supervised_capacity"] = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1).max())
 
     def one() -> Tensor:
         with on_provider(implementation), torch.autocast(inputs["input_ids"].device.type, enabled=autocast):
@@ -220,7 +221,7 @@ def _dense_parameters(model: nn.Module, setting: Setting) -> int:
 
 def _throughput(seconds: float, inputs: dict, dense: int) -> dict[str, float]:
     """Tokens by kind; dense_tflops: were every token run densely through the frozen decoder and head."""
-    tokens, supervised = inputs["input_ids"].numel(), int((inputs["labels"] != -100).sum())
+    tokens, supervised = inputs["input_ids"].numel(), int((inputs["labels"] != IGNORE_INDEX).sum())
     return {
         "tokens_s": tokens / seconds, "supervised_tokens_s": supervised / seconds,
         "dense_tflops": 4 * tokens * dense / seconds / 1e12,

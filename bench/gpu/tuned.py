@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
-from bench.gpu.judge import DTYPES
 from mmpeft_fast.atomic import write_text
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import dispatch
 
 # A tile or a way has to win by more than two measurements of the same thing differ.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bench.gpu import tuned
 from bench.gpu.checks import judged_case, kernels_of
-from bench.gpu.judge import DTYPES, mapped
+from bench.gpu.judge import mapped
 from bench.gpu.kernel_cases import Case, call_case, wide
 from bench.gpu.shapes import DIMS, LinearCall, Scope, linear_calls
 from bench.gpu.timing import device_of, timed
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import kernels_torch
 from mmpeft_fast.ops.providers import why_not_installed
 

@@ -5,6 +5,7 @@ tokens are found by character offsets, so merges across words and several turns 
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -13,11 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft_fast.data.conversations import Sample
-from mmpeft_fast.fields import at_least, check_value
+from mmpeft_fast.fields import at_least, check_value, shown
+from mmpeft_fast.labels import IGNORE_INDEX
 
 # Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
 HOST_HINTS = ("supervised_capacity", "right_padded")
-IGNORE_INDEX = -100  # what torch's cross-entropy and transformers take as "no target"
 
 # A question and an answer, as the shortest conversation that a template takes.
 _PAIR = [
@@ -65,6 +66,7 @@ class Collator:
         self.loss = loss
         self._encode_chat = getattr(processor, "encode_chat", None)
         self._is_text_only = processor is tokenizer
+        self._proven: list[str] = []  # the sample that has shown labels to be where they belong
         self._answer_end = "" if self._encode_chat else self._missing_end_token()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -126,10 +128,27 @@ class Collator:
             texts.append(text)
             answer_spans.append(spans)
         rows, image_inputs = self._tokenize(samples, texts)
-        for text, row, spans in zip(texts, rows, answer_spans, strict=True):
+        for sample, text, row, spans in zip(samples, texts, rows, answer_spans, strict=True):
             row["labels"] = self._labels(row, text, spans)
             row.pop("offset_mapping")
+            if not self._proven:
+                self._prove(sample, row["labels"], [text[start:end] for start, end in spans])
         return rows, image_inputs
+
+    def _prove(self, sample: Sample, labels: torch.Tensor, answers: list[str]) -> None:
+        """Raises ValueError unless the labels of the first sample spell its answers, white space aside: a processor
+        that writes an image in a way that is not known here would shift them silently."""
+        alone = [self.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+        spelt, wanted = (
+            "".join(self.tokenizer.decode(run) for run in runs) for runs in (_runs(labels.tolist()), alone)
+        )
+        spelt, wanted = ("".join(text.replace("\u2581", "").split()) for text in (spelt, wanted))
+        if spelt != wanted:
+            raise ValueError(
+                f"{sample.source}: expected labels on {shown(wanted)}, they would be on {shown(spelt)}: "
+                f"{type(self.processor).__name__} writes an image in a way that this collator does not know"
+            )
+        self._proven.append(sample.source)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -262,9 +281,10 @@ class Collator:
         input_ids, (starts, ends) = row["input_ids"], row["offset_mapping"].unbind(dim=1)
         shift = 0
         if not self._is_text_only:
-            # Spans were measured before the processor repeated the image placeholder; it stands before every answer.
-            token = self.processor.image_token
-            shift = (int(self._is_image(input_ids).sum()) - text.count(token)) * len(token)
+            # Spans were measured before the processor wrote more than a placeholder for the image, before every answer:
+            # so everything is as far from the text's end as before. Ends are those of tokens, as some skip white space.
+            plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            shift = int(ends.max()) - max(end for _, end in plain)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         # A token without a place in the text, such as one that the tokenizer adds, ends at 0 and touches nothing.
         placed = ends.nonzero().squeeze(1)
@@ -316,6 +336,12 @@ class Collator:
             )
             for name in rows[0]
         }
+
+
+def _runs(labels: list[int]) -> list[list[int]]:
+    """The labelled tokens, run by run."""
+    groups = itertools.groupby(labels, key=lambda label: label != IGNORE_INDEX)
+    return [list(run) for is_labelled, run in groups if is_labelled]
 
 
 def _kind_of(value: Any) -> str:

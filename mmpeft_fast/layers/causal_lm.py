@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
 from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.layers.sites import Unfusable, has_hooks, read_linear, read_norm, runs_as_known
-from mmpeft_fast.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from mmpeft_fast.ops.cross_entropy import linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
 from mmpeft_fast.ops.segments import Segment
 

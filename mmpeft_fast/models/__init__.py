@@ -48,12 +48,19 @@ __all__ = [
     "base_model",
     "check_config",
     "empty_model",
+    "family_for",
     "family_of",
     "load_pretrained",
     "register_family",
     "tiny_model",
+    "tiny_names",
     "tiny_processor",
 ]
+
+
+def tiny_names() -> dict[str, str]:
+    """The families by the names of the models that are built on the spot, such as "tiny-qwen2-vl"."""
+    return {f"tiny-{name.replace('_', '-')}": name for name in FAMILIES}
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -87,7 +94,8 @@ def register_family(family: Family) -> None:
     family.vouch(model, unless_shipped=True)
 
 
-def _family_for(model_type: str, what: str) -> Family:
+def family_for(model_type: str, what: str) -> Family:
+    """The family of a configuration's model type. Raises ValueError, about `what`, where there is none."""
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
@@ -103,7 +111,7 @@ def family_of(model: nn.Module) -> Family:
     """
     model = base_model(model)
     config = getattr(model, "config", None)
-    family = _family_for(getattr(config, "model_type", type(model).__name__), type(model).__name__)
+    family = family_for(getattr(config, "model_type", type(model).__name__), type(model).__name__)
     if not isinstance(model, family.model_class) and not family.is_publishers(model):
         raise ValueError(f"expected a {family.model_class.__name__}, got {type(model).__name__}")
     if not issubclass(own_class(model), family.model_class):
@@ -120,7 +128,7 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
     """
     try:
         config, _ = PretrainedConfig.get_config_dict(name_or_path)
-        family = _family_for(config["model_type"], f"model {name_or_path!r}")
+        family = family_for(config["model_type"], f"model {name_or_path!r}")
         check_config(family.model_class.config_class.from_pretrained(name_or_path))
         model = family.model_class.from_pretrained(name_or_path, dtype=dtype, attn_implementation="sdpa")
         family.layers_of(model)
@@ -134,7 +142,7 @@ def load_pretrained(name_or_path: str, *, dtype: torch.dtype) -> tuple[PreTraine
 
 def empty_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A model on the meta device: shapes and dtypes without memory, for counting."""
-    family = _family_for(config.model_type, "configuration")
+    family = family_for(config.model_type, "configuration")
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

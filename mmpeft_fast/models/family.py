@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from mmpeft_fast.layers import known
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.models.images import ImageKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Family:
         paths: where the decoder keeps its layers, norms and linear sites.
         connector: paths of what `train_connector` trains: usually the modules between vision tower and decoder.
         vision_tower: paths of the modules between the pixels and the connector.
+        image: what an image is to the model (`images.py`); None for text alone.
         sizes: real configurations by name, each a function without arguments.
         tiny_config: (vocabulary size, id of a token by its text) -> configuration of a few million parameters.
         tiny_processor: tokenizer -> processor.
@@ -52,6 +54,7 @@ class Family:
     chat_template: str
     connector: tuple[str, ...] = ()
     vision_tower: tuple[str, ...] = ()
+    image: ImageKind | None = None
     paths: DecoderPaths = field(default_factory=DecoderPaths)
     sparse_last_layer: Callable[[PretrainedConfig], bool] = lambda config: True
     method_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.images import Square
 
 # Vicuna v1, the template of the study; the loss covers what is inside `generation`.
 CHAT_TEMPLATE = (
@@ -111,6 +112,7 @@ LLAVA = Family(
     decoder="model.language_model",
     connector=("model.multi_modal_projector",),
     vision_tower=("model.vision_tower",),
+    image=Square(),
     output_class=LlavaCausalLMOutputWithPast,
     sizes={
         "llava-1.5-7b": lambda: _config(4096, 11008, 32, 32),

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 
+from mmpeft_fast.models.images import Tiled
 from mmpeft_fast.models.llama import llama_2_text, tiny_text
 from mmpeft_fast.models.llava import CHAT_TEMPLATE, LLAVA, clip_large, clip_tiny
 from mmpeft_fast.models.mistral import text_7b
@@ -68,6 +69,7 @@ LLAVA_NEXT = replace(
     processor_class=LlavaNextProcessor,
     model_types=("llava_next",),
     output_class=LlavaNextCausalLMOutputWithPast,
+    image=Tiled(),
     sizes={
         "llava-v1.6-vicuna-7b": lambda: _config(LlamaConfig(**llama_2_text(4096, 11008, 32, 32, vocab=32064))),
         "llava-v1.6-mistral-7b": lambda: _config(text_7b(32064, window=None, rope_theta=1e6)),

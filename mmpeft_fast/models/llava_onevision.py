@@ -12,6 +12,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.processing_utils import ProcessorMixin
 
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.images import Tiled
 from mmpeft_fast.models.llama import tiny_text
 from mmpeft_fast.models.llava_next import TINY_PATCH_SIZE, TINY_PINPOINTS, TINY_TILE
 from mmpeft_fast.models.qwen2 import text as qwen2_text
@@ -106,6 +107,7 @@ LLAVA_ONEVISION = Family(
     decoder="model.language_model",
     connector=("model.multi_modal_projector",),  # not `image_newline`, see llava_next
     vision_tower=("model.vision_tower",),
+    image=Tiled(),
     output_class=LlavaOnevisionCausalLMOutputWithPast,
     sizes={"llava-onevision-7b": lambda: _config(qwen2_text(3584, 18944, 28, 28, 4, 152064, tied=False))},
     tiny_config=_tiny_config,

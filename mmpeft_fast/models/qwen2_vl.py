@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmpeft_fast.models import llama
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.images import PatchGrid
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -103,6 +104,7 @@ QWEN2_VL = Family(
     decoder="model.language_model",
     connector=("model.visual.merger",),
     vision_tower=("model.visual.patch_embed", "model.visual.blocks.*"),
+    image=PatchGrid(),
     output_class=CausalLMOutputWithPast,
     sizes={
         "qwen2-vl-2b": lambda: _config(1536, 8960, 28, 12, 2, 151936, True),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.activations import accumulate_dtype
 from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
-from mmpeft_fast.ops.kernels_torch import IGNORE_INDEX
 from mmpeft_fast.ops.opaque import opaque, traceable
 from mmpeft_fast.ops.providers import forced_provider, kernel_set, kernel_set_of
 

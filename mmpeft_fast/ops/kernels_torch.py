@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype, activation_backward
 from mmpeft_fast.ops.dropout import keep_bits, zero_dropped
 from mmpeft_fast.ops.kernel_set import HeadTransform, LowRank, Mask, PrologueGrads, PrologueSpec, Rotation, Term
@@ -361,9 +362,6 @@ def prefix_backward(
     dprefix_k = torch.einsum("bkgtp,bkgtd->kpd", dscores, q.unflatten(1, (kv_heads, -1)))
     dprefix_v = torch.einsum("bkgtp,bkgtd->kpd", weights.to(dtype), grouped_dout)
     return dq + dq_prefix, dprefix_k.to(prefix_k.dtype), dprefix_v.to(prefix_v.dtype)
-
-
-IGNORE_INDEX = -100
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, count: Tensor, *, need_grad: bool) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mmpeft_fast.methods import make_method
-from mmpeft_fast.models.inputs import ImageShape, image_shape, least_length
+from mmpeft_fast.models.images import ImageShape
+from mmpeft_fast.models.inputs import image_shape, least_length
 from mmpeft_fast.plan.prediction import Plan, plan
 from mmpeft_fast.plan.request import Request
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.plan.devices import GIB, Device
 
 _SIDES = {"cuda": (512, 1024, 2048, 4096, 8192), "cpu": (128, 256, 512, 1024)}
@@ -16,7 +17,6 @@ _MIN_SECONDS = 0.05
 _ROUNDS = 5
 # A Triton launch costs the CPU so many of torch's: 160 us against 30 on an H200's host (bench/results/nvidia-h200).
 _TRITON_LAUNCHES = 5
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def seconds_of(function: Callable[[], object], device_type: str) -> float:
@@ -49,9 +49,9 @@ def calibrate(device_type: str, name: str) -> Device:
     """
     if device_type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--calibrate: expected a CUDA device for cuda, torch sees none")
-    gemm = {dtype: _gemm_rates(device_type, dtype) for dtype in _DTYPES}
+    gemm = {dtype: _gemm_rates(device_type, dtype) for dtype in DTYPES}
     attention, backward = {}, {}
-    for dtype in _DTYPES:
+    for dtype in DTYPES:
         attention[dtype], backward[dtype] = _attention_rates(device_type, dtype)
     launch_s, host_s = _launch_seconds(device_type)
     what = _describe(device_type)
@@ -98,7 +98,7 @@ def _memory_bytes(device_type: str) -> int:
 def _gemm_rates(device_type: str, dtype: str) -> tuple[tuple[float, float], ...]:
     points = []
     for side in _SIDES[device_type]:
-        a, b = (torch.randn(side, side, device=device_type).to(_DTYPES[dtype]) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device_type).to(DTYPES[dtype]) for _ in range(2))
         seconds = seconds_of(lambda a=a, b=b: a @ b.t(), device_type)
         points.append((2.0 * side**3, 2.0 * side**3 / seconds))
     return tuple(points)
@@ -107,7 +107,7 @@ def _gemm_rates(device_type: str, dtype: str) -> tuple[tuple[float, float], ...]
 def _attention_rates(device_type: str, dtype: str) -> tuple[float, float]:
     """FLOP/s forward and backward; a causal mask halves the FLOPs."""
     shape = (1, _HEADS, _TOKENS[device_type], _HEAD_DIM)
-    q, k, v = (torch.randn(shape, device=device_type).to(_DTYPES[dtype]).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(shape, device=device_type).to(DTYPES[dtype]).requires_grad_() for _ in range(3))
     attend = torch.nn.functional.scaled_dot_product_attention
     forward = seconds_of(lambda: attend(q, k, v, is_causal=True), device_type)
     out = attend(q, k, v, is_causal=True)

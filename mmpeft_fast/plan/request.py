@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import torch
 from transformers import PretrainedConfig
 
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import Bound, between, check_fields, one_of
 from mmpeft_fast.methods import make_method
 from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
@@ -15,7 +15,6 @@ from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
 OPTIMIZERS = ("foreach", "fused")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Token ids and masks of a planned batch are real tensors: beyond this they would not fit where the plan is made.
 MOST_TOKENS = 2**24
 

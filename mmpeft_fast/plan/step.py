@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
 from mmpeft_fast.models.inputs import num_supervised, training_batch
@@ -16,7 +17,7 @@ from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.counting import Recorder, Work
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
-from mmpeft_fast.plan.request import DTYPES, Request
+from mmpeft_fast.plan.request import Request
 from mmpeft_fast.plan.triton_calls import counted_triton, dispatched_as
 from mmpeft_fast.stored.baseline import add_baseline
 

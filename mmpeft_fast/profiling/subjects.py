@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.layers.sites import read_linear, read_norm
-from mmpeft_fast.models import FAMILIES, base_model, family_of
+from mmpeft_fast.models import FAMILIES, base_model, family_of, tiny_names
 from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
-from mmpeft_fast.plan.request import DTYPES, Request, model_config
+from mmpeft_fast.plan.request import Request, model_config
 from mmpeft_fast.stored.baseline import add_baseline
 
 WHAT = ("step", "layer", "op")
-TINY_MODELS = {f"tiny-{name.replace('_', '-')}": name for name in FAMILIES}
+TINY_MODELS = tiny_names()
 _TINY_VOCABULARY = 512
 _SEED = 0
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mmpeft_fast import __version__
 from mmpeft_fast.data import Collator
+from mmpeft_fast.dtypes import DTYPES
+from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import load_pretrained
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
@@ -27,7 +29,6 @@ from mmpeft_fast.study.process import child_main
 from mmpeft_fast.study.steps import frozen_forward, frozen_step, frozen_twin, inputs_for, training_steps
 from mmpeft_fast.train import evaluate_accuracy, seed_everything
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARMUP_STEPS = 4  # steps whose time does not count: first-touch of memory, optimizer state, library set-up
 MIB = 2**20
 
@@ -45,7 +46,7 @@ def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
     """
     torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
-    model, processor = load_pretrained(base, dtype=TORCH_DTYPES[spec.dtype])
+    model, processor = load_pretrained(base, dtype=DTYPES[spec.dtype])
     model.to(device).requires_grad_(False)
     collator = Collator(processor)
     train, evaluation = load_samples(inputs, eval_samples=spec.eval_samples)
@@ -144,7 +145,7 @@ def _sizes(model: nn.Module, batches: list[dict]) -> dict:
         "total_params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": mean(lambda batch: batch["attention_mask"].sum()),
         "padded_tokens_per_step": mean(lambda batch: batch["attention_mask"].numel()),
-        "supervised_tokens_per_step": mean(lambda batch: (batch["labels"][:, 1:] != -100).sum()),
+        "supervised_tokens_per_step": mean(lambda batch: (batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
     }
 
 

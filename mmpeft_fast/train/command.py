@@ -23,9 +23,10 @@ from mmpeft_fast.data import (
     load_conversations,
     train_tokenizer,
 )
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import shown
 from mmpeft_fast.methods import METHODS, make_method
-from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
+from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_names, tiny_processor
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.checkpoint import check_replaceable
 from mmpeft_fast.train.config import TrainConfig
@@ -34,8 +35,8 @@ from mmpeft_fast.train.trainer import TrainResult, check_output, check_tracker, 
 
 EASY_VQA = "easy-vqa"
 RESULT, ADAPTER = "result.json", "adapter"
-TINY_MODELS = {f"tiny-{name.replace('_', '-')}": name for name in FAMILIES}
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TINY_MODELS = tiny_names()
+_DTYPES = ("bf16", "fp32")
 
 _EPILOG = f"""\
 data: LLaVA's conversation JSON (a list) or .jsonl, one entry per sample:
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fused",
         help="this package's fused ops, or HF PEFT to compare with (default: %(default)s)",
     )
-    group.add_argument("--dtype", choices=tuple(_DTYPES), default="bf16", help="of all weights (default: %(default)s)")
+    group.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of all weights (default: %(default)s)")
     group.add_argument(
         "--fp32-adapters",
         action=argparse.BooleanOptionalAction,
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     if args.eval_data is not None:
         eval_samples = _load(args, "eval-", "test", config.seed)
 
-    model, processor = _load_model(args.model, _DTYPES[args.dtype], samples, config.seed)
+    model, processor = _load_model(args.model, DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
     collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length, loss=args.loss)
     collator.check([*samples, *eval_samples])
@@ -264,7 +265,7 @@ def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tupl
     if not args.fp32_adapters:
         for parameter in model.parameters():
             if id(parameter) not in own:
-                parameter.data = parameter.data.to(_DTYPES[args.dtype])
+                parameter.data = parameter.data.to(DTYPES[args.dtype])
     return (fuse(model) if args.implementation == "fused" else model), implementation
 
 

@@ -111,6 +111,36 @@ def test_a_template_that_does_not_end_answers_gets_the_end_token(samples):
         assert answers == [f" {answer}</s>" for answer in sample.answers]
 
 
+class Rewriting:
+    """A processor that writes its texts in another way before it tokenises them."""
+
+    def __init__(self, processor, rewrite):
+        self._processor, self._rewrite = processor, rewrite
+
+    def __getattr__(self, name):
+        return getattr(self._processor, name)
+
+    def __call__(self, text, **options):
+        return self._processor(text=[self._rewrite(each) for each in text], **options)
+
+
+def test_what_a_processor_writes_around_an_image_shifts_no_label(samples):
+    """InternVL's way: the image's tokens between a start and an end."""
+    processor = tiny_processor("llava", train_tokenizer(samples, FAMILIES["llava"].special_tokens))
+    around = Rewriting(processor, lambda text: text.replace("<image>", "<img> 12 tiles <image></img>"))
+    plain, marked = Collator(processor)(samples), Collator(around)(samples)
+    assert marked["labels"].shape[1] > plain["labels"].shape[1]
+    for ours, theirs in zip(marked["labels"], plain["labels"], strict=True):
+        assert labelled_runs(ours) == labelled_runs(theirs)
+
+
+def test_a_processor_that_moves_the_answers_is_refused(samples):
+    processor = tiny_processor("llava", train_tokenizer(samples, FAMILIES["llava"].special_tokens))
+    behind = Rewriting(processor, lambda text: text + " and so on and so on")
+    with pytest.raises(ValueError, match=r"expected labels on '.*</s>', they would be on '.*': Rewriting writes"):
+        Collator(behind)(samples)
+
+
 def test_a_llama_style_tokenizer_gives_the_same_labels(samples):
     """Spaces as a prefix mark set by a normalizer, byte fallback, and a beginning token that the text does not show."""
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]

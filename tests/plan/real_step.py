@@ -8,12 +8,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmpeft_fast import add_peft, fuse, provider
+from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.plan.counting import attention_flops
-from mmpeft_fast.plan.request import DTYPES, Request
+from mmpeft_fast.plan.request import Request
 from mmpeft_fast.stored.baseline import add_baseline
 from tests.tiny_models import VOCABULARY, token_id
 

@@ -4,6 +4,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.images import Resampled
 from mmpeft_fast.models.qwen_vl import publishers
 from mmpeft_fast.models.qwen_vl.configuration import QwenVLConfig
 from mmpeft_fast.models.qwen_vl.images import image_processor
@@ -71,6 +72,7 @@ QWEN_VL = Family(
     ),
     connector=("lm_head", "transformer.wte"),  # what the study's script for Qwen-VL trains under that name
     vision_tower=("transformer.visual", "transformer.visual.transformer.resblocks.*"),
+    image=Resampled(),
     output_class=CausalLMOutputWithPast,
     sizes={"qwen-vl-chat": QwenVLConfig},
     tiny_config=_tiny_config,
