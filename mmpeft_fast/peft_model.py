@@ -23,7 +23,7 @@ from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
-from mmpeft_fast.placement import Placement
+from mmpeft_fast.placement import BranchPlacement, Placement
 from mmpeft_fast.verify import HEAD, Comparison, compare
 
 __all__ = ["add_peft", "fuse", "is_fused", "study_method", "takes_hints", "unfuse", "verify_fused"]
@@ -91,6 +91,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
             "(load_pretrained)"
         )
     layers = family.layers_of(model)
+    layers = [layers[idx] for idx in method.adapted_layers(len(layers))]
     sites = {role: [paths.at(layer, role) for layer in layers] for role in layer_roles(family, placement)}
     for role in (*placement.branches, *placement.scales):
         for linear in sites[role]:
@@ -100,9 +101,9 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
                 )
 
     model.requires_grad_(False)
-    for role, branch in placement.branches.items():
-        for linear in sites[role]:
-            PeftLinear.convert(linear).add_branch(branch)
+    for role in placement.branches:
+        for branch in placement.branches_of(role):
+            _add_branch(sites[role], branch)
     for role, where in placement.scales.items():
         for linear in sites[role]:
             PeftLinear.convert(linear).add_scale(where)
@@ -110,7 +111,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         for norm in [paths.norm_of(decoder)] if role == "final_norm" else sites[role]:
             train_gain(norm)
     if placement.prefix is not None:
-        _add_prefix(decoder, family, placement)
+        _add_prefix(decoder, layers, family, placement)
     parts = set(placement.parts) | ({"connector"} if train_connector else set())
     for module in part_modules(model, family, parts):
         module.requires_grad_(True)
@@ -146,9 +147,18 @@ def part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.M
     return modules
 
 
-def _add_prefix(decoder: nn.Module, family: Family, placement: Placement) -> None:
+def _add_branch(linears: list[nn.Linear], branch: BranchPlacement) -> None:
+    """A branch on each layer's linear of one role; tied ones are one parameter in several places."""
+    added = [PeftLinear.convert(linear).add_branch(branch) for linear in linears]
+    for name, shared in (("down", branch.down_layers), ("up", branch.up_layers)):
+        count = shared or len(added)
+        for idx, each in enumerate(added):
+            setattr(each, name, getattr(added[idx - idx % count], name))
+
+
+def _add_prefix(decoder: nn.Module, layers: list[nn.Module], family: Family, placement: Placement) -> None:
     config, paths = decoder.config, family.paths
-    attentions = [paths.attention_of(layer) for layer in paths.layers_of(decoder)]
+    attentions = [paths.attention_of(layer) for layer in layers]
     encoder = PrefixEncoder(
         placement.prefix,
         num_layers=len(attentions),

@@ -20,7 +20,10 @@ INITS = ("kaiming", "bert")
 
 @dataclass(frozen=True, kw_only=True)
 class BranchPlacement:
-    """A bottleneck branch `scaling * U f(D drop(.))` of rank `rank`."""
+    """A bottleneck branch `scaling * U f(D drop(.))` of rank `rank`.
+
+    down_layers, up_layers: so many consecutive adapted layers share one D, one U; 0: all of them.
+    """
 
     position: str
     rank: int
@@ -29,6 +32,8 @@ class BranchPlacement:
     dropout: float = 0.0
     init: str = "kaiming"
     stream: int = 0
+    down_layers: int = 1
+    up_layers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,15 @@ class PrefixPlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """branches and scales by linear role (scales: "input" or "output"), norm roles whose gain is trained, and whole
-    parts of the model that are trained besides."""
+    """A branch, or several side by side, and a scale ("input" or "output") by linear role; norm roles whose gain is
+    trained; and whole parts of the model that are trained besides."""
 
-    branches: Mapping[str, BranchPlacement] = field(default_factory=dict)
+    branches: Mapping[str, BranchPlacement | tuple[BranchPlacement, ...]] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
     prefix: PrefixPlacement | None = None
     gains: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+
+    def branches_of(self, role: str) -> tuple[BranchPlacement, ...]:
+        found = self.branches[role]
+        return (found,) if isinstance(found, BranchPlacement) else tuple(found)

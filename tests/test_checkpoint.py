@@ -291,6 +291,12 @@ def test_targets_are_resolved_as_hf_peft_does(config, expected):
     assert method == LoRA(r=3, alpha=8, dropout=0.0, targets=expected) and parts == ()
 
 
+def test_some_layers_are_resolved_as_hf_peft_does():
+    config = LoraConfig(r=3, target_modules=["o_proj", "up_proj"], layers_to_transform=1)
+    method, _ = method_of(config, tiny_model("llava"))
+    assert method == LoRA(r=3, alpha=8, dropout=0.0, targets=("o", "up"), layers=(1,))
+
+
 def test_parts_named_by_their_modules():
     config = LoraConfig(r=3, target_modules=["o_proj"], modules_to_save=["linear_1", "linear_2", "lm_head"])
     assert method_of(config, tiny_model("llava", num_layers=1))[1] == ("connector", "head")
@@ -310,7 +316,10 @@ def test_parts_named_by_their_modules():
             LoraConfig(target_modules="all-linear"),
             "adapts the decoder's linear layers and norms, not model.multi_modal",
         ),
-        (LoraConfig(target_modules=["o_proj"], layers_to_transform=1), "all 2 layers, .*layers.0.* is not"),
+        (
+            LoraConfig(target_modules=r".*language_model.*(0\.self_attn\.o_proj|1\.mlp\.up_proj)"),
+            "every role adapted in the same layers, role 'up' of layer 0 is not",
+        ),
         (LoraConfig(target_modules=["o_proj"], modules_to_save=["linear_1"]), "expected whole parts .*linear_1.bias"),
         (LoraConfig(target_modules=["no_such_layer"]), "no_such_layer"),
         (IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]), "output of .*o_proj scaled, got its in"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmpeft_fast import (
     BranchPlacement,
@@ -14,6 +15,7 @@ from mmpeft_fast import (
     add_peft,
     cli,
     fuse,
+    fuse_report,
     load_peft,
     merge_peft,
     plugins,
@@ -149,3 +151,87 @@ def test_a_plugin_that_cannot_be_loaded_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [point])
     assert cli.main(["plan", "--model", "tiny-llava"]) == 2
     assert "error: plugin mine = no.such.module: cannot be loaded" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedLoRA(Method):
+    """ShareLoRA and MSPLoRA in one: on each target one branch whose D all layers share, one whose D and U two layers
+    share, and one of the layer's own."""
+
+    r: int = 3
+
+    def place(self, roles=()):
+        branches = (
+            BranchPlacement(position="parallel", rank=self.r, down_layers=0),
+            BranchPlacement(position="parallel", rank=2, down_layers=2, up_layers=2),
+            BranchPlacement(position="parallel", rank=1),
+        )
+        return Placement(branches={"q": branches, "down": branches})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_branches_side_by_side_that_layers_share(family, tmp_path):
+    method = SharedLoRA()
+    model = add_peft(tiny_model(family, num_layers=3, dtype=torch.float64), method)
+    randomize_trainable(model)
+    model.double().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # q and down: one D of rank 3 and three U; two pairs of rank 2; three pairs of rank 1.
+    assert len(trained) == 2 * (1 + 3 + 2 * 2 + 3 * 2)
+    batch = tiny_batch(family, dtype=torch.float64)
+    loss, grads = loss_and_grads(model, batch)
+    fused_loss, fused_grads = loss_and_grads(fuse(model), batch)
+    assert not fuse_report(model).kept
+    assert_same_in_double(fused_loss, loss)
+    assert len(grads) == len(trained)
+    for key, grad in grads.items():
+        assert_same_in_double(fused_grads[key], grad, key)
+
+    save_peft(model, tmp_path / "adapter")
+    register_method("shared", SharedLoRA)
+    try:
+        assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == len(trained)
+        loaded = load_peft(tiny_model(family, num_layers=3, dtype=torch.float64), tmp_path / "adapter").train()
+        assert_same_in_double(loss_and_grads(loaded, batch)[0], loss)
+        with torch.no_grad():
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            expected = model.eval()(**inputs).logits
+            assert_same_in_double(merge_peft(loaded).eval()(**inputs).logits, expected)
+    finally:
+        del METHODS["shared"]
+
+
+@pytest.mark.parametrize("by_hf_peft", [False, True], ids=["eager", "hf-peft"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_some_layers_alone(name, by_hf_peft, tmp_path):
+    layers, count = {"lora": ("0-1", 2), "ia3": (1, 1)}.get(name, ((0, "2"), 2))
+    method = make_method(name, layers=layers)
+    model, _ = add_baseline(tiny_model("llama", num_layers=3, dtype=torch.float64), method)
+    if not by_hf_peft:
+        model = add_peft(tiny_model("llama", num_layers=3, dtype=torch.float64), method)
+    randomize_trainable(model)
+    model.double().train()
+    whole = add_peft(tiny_model("llama", num_layers=3), make_method(name))
+    if name != "layernorm":  # which also trains parts that are no layers
+        numbers = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, whole)]
+        assert numbers[0] * 3 == numbers[1] * count
+    batch = tiny_batch("llama", dtype=torch.float64)
+    if "dropout" in vars(method):
+        model.eval()
+    loss, grads = loss_and_grads(model, batch)
+    fused_loss, fused_grads = loss_and_grads(fuse(model), batch)
+    assert_same_in_double(fused_loss, loss)
+    for key, grad in grads.items():
+        assert_same_in_double(fused_grads[key], grad, key)
+    save_peft(model, tmp_path / "adapter")
+    loaded = load_peft(tiny_model("llama", num_layers=3, dtype=torch.float64), tmp_path / "adapter")
+    assert loaded.peft_method.adapted_layers(3) == method.adapted_layers(3)
+    assert_same_in_double(loss_and_grads(loaded.eval(), batch)[0], loss_and_grads(model.eval(), batch)[0])
+
+
+@pytest.mark.parametrize("layers", ["a", "3-1", (), (0, 0), -1, 1.5, "1-", "0-999999"])
+def test_layers_that_mean_nothing(layers):
+    with pytest.raises(ValueError, match=r"LoRA\.layers: expected"):
+        LoRA(layers=layers)
+    with pytest.raises(ValueError, match=r"LoRA\.layers: expected indices below 2, got 2"):
+        add_peft(tiny_model("llama"), LoRA(layers="1-2"))

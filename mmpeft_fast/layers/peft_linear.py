@@ -82,11 +82,12 @@ class PeftLinear(nn.Linear):
         linear.register_parameter("out_scale", None)
         return linear
 
-    def add_branch(self, placement: BranchPlacement) -> None:
+    def add_branch(self, placement: BranchPlacement) -> Bottleneck:
         in_features = self.out_features if placement.position == "post" else self.in_features
         out_features = self.in_features if placement.position == "pre" else self.out_features
         branch = Bottleneck(in_features, out_features, placement, self.weight)
         self.branches.append(branch.train(self.training))
+        return branch
 
     def add_scale(self, where: str) -> None:
         """A trained vector of ones on the input or the output, as in IA3."""

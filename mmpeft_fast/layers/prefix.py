@@ -105,9 +105,8 @@ class PrefixSlice:
 def _eager_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """transformers' attention interface: [B, H, T, DH] in, [B, T, H, DH] out."""
     causal = attention_mask is None and query.shape[2] > 1
-    out = concat_prefix_attention(
-        query, key, value, scale=scaling, mask=attention_mask, causal=causal, prefix=module.prefix()
-    )
+    prefix = module.prefix() if hasattr(module, "prefix") else None  # not every layer has one
+    out = concat_prefix_attention(query, key, value, scale=scaling, mask=attention_mask, causal=causal, prefix=prefix)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -194,15 +194,24 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
 
 def _check_same(carried: Method, saved: Method, model: nn.Module) -> None:
     """Raises ValueError unless both compute the same from the same tensors; how they are trained may differ."""
-    roles = family_of(model).paths.roles
-    if _computation(carried.place(roles)) != _computation(saved.place(roles)):
+    family = family_of(model)
+    num_layers = len(family.layers_of(model))
+    ours, theirs = (
+        (_computation(method.place(family.paths.roles)), method.adapted_layers(num_layers))
+        for method in (carried, saved)
+    )
+    if ours != theirs:
         raise ValueError(f"load_peft: expected an adapter for the model's {carried}, got {saved}")
 
 
 def _computation(placement: Placement) -> tuple:
     branches = {
-        role: (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
-        for role, branch in placement.branches.items()
+        role: [
+            (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
+            + (branch.down_layers, branch.up_layers)
+            for branch in placement.branches_of(role)
+        ]
+        for role in placement.branches
     }
     return branches, dict(placement.scales), placement.prefix, set(placement.gains)
 

@@ -1,6 +1,6 @@
 """How a method is stored: one `Form` a method, in a file of its own."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft import PeftConfig
@@ -46,10 +46,12 @@ class Slot(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What HF PEFT applies a configuration to: its tuner layers by name, and the roles that these play."""
+    """What HF PEFT applies a configuration to: its tuner layers by name, the roles that these play, and in which of the
+    decoder's layers (None: in all)."""
 
     sites: Mapping[str, nn.Module]
     roles: tuple[str, ...]
+    layers: tuple[int, ...] | None
 
 
 class Form:
@@ -110,7 +112,8 @@ class Form:
                     key, shape = "ia3_l" if linear.in_scale is None else "out_scale", (linear.out_features, 1)
                     found[f"{self.root}{name}.{key}"] = Slot(f"{name}.out_scale", linear.out_scale, shape)
         for role in method.place(family.paths.roles).gains:
-            for name, norm in sites(model, family, role).items():
+            adapted = None if role == "final_norm" else method.adapted_layers(len(family.layers_of(model)))
+            for name, norm in sites(model, family, role, adapted).items():
                 found[f"{self.root}{name}.ln_tuning_layers.weight"] = Slot.of(f"{name}.weight", norm.weight)
         return found
 
@@ -127,14 +130,27 @@ class Form:
         return method
 
 
-def sites(model: nn.Module, family: Family, role: str) -> dict[str, nn.Module]:
-    """The modules that play a role, by full name; none where the family lacks it."""
+def listed(value: Any) -> Any:
+    """A setting as JSON has it: lists for tuples."""
+    return [listed(each) for each in value] if isinstance(value, tuple) else value
+
+
+def tupled(value: Any) -> Any:
+    """The inverse: a frozen method's settings are tuples."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+
+def sites(model: nn.Module, family: Family, role: str, adapted: Sequence[int] | None = None) -> dict[str, nn.Module]:
+    """The modules that play a role in the adapted layers (None: in all), by full name; none where the family lacks
+    it."""
     if role == "final_norm":
         return {f"{family.decoder}.{family.paths.norm}": family.paths.norm_of(family.decoder_of(model))}
     if role not in family.paths.roles:
         return {}
     prefix, path = f"{family.decoder}.{family.paths.layers}", family.paths.roles[role]
-    return {f"{prefix}.{idx}.{path}": family.paths.at(layer, role) for idx, layer in enumerate(family.layers_of(model))}
+    layers = family.layers_of(model)
+    indices = range(len(layers)) if adapted is None else adapted
+    return {f"{prefix}.{idx}.{path}": family.paths.at(layers[idx], role) for idx in indices}
 
 
 def decoder_pattern(family: Family) -> str:
@@ -142,27 +158,35 @@ def decoder_pattern(family: Family) -> str:
     return rf"(.*\.)?{family.decoder.rsplit('.', 1)[-1]}"
 
 
-def site_pattern(family: Family, roles: Iterable[str]) -> str:
-    """A regular expression for the names of all modules that play these roles."""
+def site_pattern(family: Family, roles: Iterable[str], method: Method, model: nn.Module) -> str:
+    """A regular expression for the names of all modules that play these roles in the layers that a method adapts."""
     names = "|".join(family.paths.roles[role].replace(".", r"\.") for role in roles)
-    return rf"{decoder_pattern(family)}\.{family.paths.layers}\.\d+\.({names})"
+    adapted = method.adapted_layers(len(family.layers_of(model)))
+    layer = r"\d+" if method.layers is None else f"({'|'.join(map(str, adapted))})"
+    return rf"{decoder_pattern(family)}\.{family.paths.layers}\.{layer}\.({names})"
 
 
-def roles_at(names: Collection[str], family: Family, model: nn.Module) -> tuple[str, ...]:
-    """The roles that modules with these names play. Raises ValueError unless they are all of each role's modules."""
-    paths, num_layers = family.paths, len(family.layers_of(model))
-    places = {
-        role: {f"{family.decoder}.{paths.layers}.{idx}.{paths.roles[role]}" for idx in range(num_layers)}
-        for role in (*LINEAR_ROLES, *NORM_ROLES)
-        if role in paths.roles
-    }
-    places["final_norm"] = {f"{family.decoder}.{paths.norm}"}
-    roles = tuple(role for role, at in places.items() if at & set(names))
-    for role in roles:
-        if missing := places[role] - set(names):
+def targets_of(found: Mapping[str, nn.Module], family: Family, model: nn.Module) -> Targets:
+    """The roles that modules with these names play, and in which layers. Raises ValueError unless every role is played
+    in the same layers, and nothing else is adapted."""
+    paths, num_layers, left = family.paths, len(family.layers_of(model)), set(found)
+    layers_by_role = {}
+    for role in (*LINEAR_ROLES, *NORM_ROLES):
+        if role in paths.roles:
+            names = {f"{family.decoder}.{paths.layers}.{idx}.{paths.roles[role]}": idx for idx in range(num_layers)}
+            if played := tuple(idx for name, idx in names.items() if name in left):
+                layers_by_role[role] = played
+                left -= set(names)
+    final = f"{family.decoder}.{paths.norm}"
+    roles = (*layers_by_role, *(("final_norm",) if final in left else ()))
+    left.discard(final)
+    if left:
+        raise ValueError(f"add_peft adapts the decoder's linear layers and norms, not {min(left)}; {OTHERWISE}")
+    layers = max(layers_by_role.values(), key=len, default=tuple(range(num_layers)))
+    for role, played in layers_by_role.items():
+        if played != layers:
+            missing = min(set(layers).symmetric_difference(played))
             raise ValueError(
-                f"expected role {role!r} adapted in all {num_layers} layers, {min(missing)} is not; {OTHERWISE}"
+                f"expected every role adapted in the same layers, role {role!r} of layer {missing} is not; {OTHERWISE}"
             )
-    if outside := set(names) - set().union(*(places[role] for role in roles)):
-        raise ValueError(f"add_peft adapts the decoder's linear layers and norms, not {min(outside)}; {OTHERWISE}")
-    return roles
+    return Targets(found, roles, None if len(layers) == num_layers else layers)

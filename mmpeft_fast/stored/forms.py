@@ -2,7 +2,7 @@
 
 from peft import PeftConfig
 
-from mmpeft_fast.methods import Method
+from mmpeft_fast.methods import Method, Prefix
 from mmpeft_fast.stored.adapter import AdapterForm
 from mmpeft_fast.stored.form import Form
 from mmpeft_fast.stored.ia3 import IA3Form
@@ -16,7 +16,10 @@ FORMS: tuple[Form, ...] = (LoRAForm(), IA3Form(), LayerNormForm(), PrefixForm(),
 
 
 def form_of(method: Method) -> Form:
-    """The form of a method's very class: a subclass may compute something else, and is stored under its own name."""
+    """The form of a method's very class: a subclass may compute something else, and is stored under its own name; so is
+    a prefix of some layers alone, which HF PEFT has no word for."""
+    if isinstance(method, Prefix) and method.layers is not None:
+        return _OWN
     return next((form for form in FORMS if form.method is type(method)), _OWN)
 
 

@@ -24,7 +24,7 @@ from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, family_of
 from mmpeft_fast.peft_model import layer_roles, part_modules
 from mmpeft_fast.placement import PARTS
-from mmpeft_fast.stored.form import OTHERWISE, Form, Targets, roles_at
+from mmpeft_fast.stored.form import OTHERWISE, Form, targets_of
 from mmpeft_fast.stored.forms import FORMS, form_for, form_of
 
 # Most processor time that HF PEFT may take to match a configuration's expressions against a model's module names:
@@ -125,7 +125,7 @@ def method_of(config: PeftConfig, model: nn.Module) -> tuple[Method, tuple[str, 
     sites = {name: module for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)}
     saved = [name for name, module in wrapped.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     parts = _parts_under(model, family, saved)
-    targets = Targets(sites, roles_at(sites, family, model))
+    targets = targets_of(sites, family, model)
     return form.take_parts(form.to_method(asked, targets, parts, model, family), parts)
 
 

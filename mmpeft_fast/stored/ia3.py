@@ -13,12 +13,12 @@ class IA3Form(Form):
     def to_config(self, method, placement, model, family):
         inputs = [role for role, where in placement.scales.items() if where == "input"]
         return IA3Config(
-            target_modules=site_pattern(family, placement.scales),
-            feedforward_modules=site_pattern(family, inputs) if inputs else [],
+            target_modules=site_pattern(family, placement.scales, method, model),
+            feedforward_modules=site_pattern(family, inputs, method, model) if inputs else [],
         )
 
     def to_method(self, config, targets, parts, model, family):
-        method = IA3(targets=targets.roles)
+        method = IA3(targets=targets.roles, layers=targets.layers)
         for role, where in method.place(family.paths.roles).scales.items():
             for name, site in targets.sites.items():
                 if name.endswith(f".{family.paths.roles[role]}") and site.is_feedforward != (where == "input"):

@@ -11,7 +11,7 @@ class LayerNormForm(Form):
     read = DESCRIPTION | TARGETING
 
     def to_config(self, method, placement, model, family):
-        pattern = site_pattern(family, [role for role in placement.gains if role != "final_norm"])
+        pattern = site_pattern(family, [role for role in placement.gains if role != "final_norm"], method, model)
         if "final_norm" in placement.gains:
             pattern += rf"|{decoder_pattern(family)}\.{family.paths.norm}"
         return LNTuningConfig(target_modules=pattern)
@@ -22,7 +22,7 @@ class LayerNormForm(Form):
             raise ValueError(
                 f"LN-tuning: expected both norms of every layer as targets, got {list(roles)}; {OTHERWISE}"
             )
-        return LayerNorm(final="final_norm" in roles)
+        return LayerNorm(final="final_norm" in roles, layers=targets.layers)
 
     def take_parts(self, method, parts):
-        return LayerNorm(final=method.final, **dict.fromkeys(parts, True)), ()
+        return LayerNorm(final=method.final, layers=method.layers, **dict.fromkeys(parts, True)), ()

@@ -26,7 +26,7 @@ class LoRAForm(Form):
             lora_alpha=method.alpha,
             lora_dropout=method.dropout,
             use_rslora=method.rank_stabilized,
-            target_modules=site_pattern(family, placement.branches),
+            target_modules=site_pattern(family, placement.branches, method, model),
         )
 
     def to_method(self, config, targets, parts, model, family):
@@ -39,6 +39,7 @@ class LoRAForm(Form):
             dropout=config.lora_dropout,
             targets=targets.roles,
             rank_stabilized=config.use_rslora,
+            layers=targets.layers,
         )
 
     def metadata(self, method):

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from mmpeft_fast.methods import Method, method_class
-from mmpeft_fast.stored.form import DESCRIPTION, Form
+from mmpeft_fast.stored.form import DESCRIPTION, Form, Slot, tupled
 
 
 @dataclass
@@ -44,12 +44,17 @@ class OwnForm(Form):
         unknown = sorted(config.settings.keys() - {each.name for each in dataclasses.fields(kind)})
         if unknown:
             raise ValueError(f"{config.method}: has no setting {unknown[0]!r}")
-        return kind(**{name: _tuples(value) for name, value in config.settings.items()})
+        return kind(**{name: tupled(value) for name, value in config.settings.items()})
 
     def runs_in_hf_peft(self, model, family):
         return False
 
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists alone, and a frozen method's settings are tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    def slots(self, method, model, family):
+        found = super().slots(method, model, family)
+        if hasattr(family.decoder_of(model), "prefix_encoder"):
+            place = f"{family.decoder}.prefix_encoder."
+            for name, tensor in family.decoder_of(model).prefix_encoder.named_parameters():
+                found[self.root + place + name] = Slot.of(place + name, tensor)
+        # A tensor that several layers share is stored once, where it comes first.
+        firsts: dict[int, str] = {}
+        return {key: slot for key, slot in found.items() if firsts.setdefault(id(slot.tensor), key) == key}

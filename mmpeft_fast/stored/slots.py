@@ -41,7 +41,8 @@ def read_carried(model: nn.Module) -> Carried | None:
         return None
     form = form_of(method)
     slots = form.slots(method, model, family)
-    own = {slot.name for slot in slots.values()}
+    tensors = {id(slot.tensor) for slot in slots.values()}  # a shared one has several names and one slot
+    own = {name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in tensors}
     parts = _parts_on(model, family, _tuned_names(model) - own, method)
     for module_name in part_names(model, family, parts):
         for name, tensor in model.get_submodule(module_name).state_dict(keep_vars=True).items():
