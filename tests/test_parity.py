@@ -50,7 +50,7 @@ def assert_same_training_step(model, batch):
     truth_model = copy.deepcopy(model).double()
     truth = loss_and_grads(truth_model, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
     eager = loss_and_grads(model, batch)
-    fuse(model)
+    fuse(model, strict=True)
     fused = loss_and_grads(model, batch)
     assert_as_close_as_eager(fused[0], eager[0], truth[0], "loss")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -103,7 +103,7 @@ def test_bf16(family, method):
 
     truth = losses_and_grads(truth_model, lambda x: x.double() if x.is_floating_point() else x)
     eager = losses_and_grads(model)
-    fused = losses_and_grads(fuse(model))
+    fused = losses_and_grads(fuse(model, strict=True))
     assert_as_close_as_eager(fused[0], eager[0], truth[0], "losses")
 
     def flat(grads):
@@ -118,7 +118,7 @@ def test_logits_in_eval_and_after_unfuse(family, method):
     batch = tiny_batch(family, padding_side="left")
     with torch.no_grad():
         eager = model(**batch)
-        fused = fuse(model)(**batch)
+        fused = fuse(model, strict=True)(**batch)
         assert is_fused(model)
         real = batch["attention_mask"].bool()
         assert fused.logits.shape == eager.logits.shape
@@ -136,7 +136,7 @@ def test_twenty_training_steps(family, method):
     for implementation in ("peft", "fused"):
         model = prepared(family, method, num_layers=1)
         if implementation == "fused":
-            fuse(model)
+            fuse(model, strict=True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses[implementation] = []
         for step in range(20):
