@@ -1,6 +1,7 @@
 """Shared by all tests: nothing may look for anything on a hub."""
 
 import os
+import signal
 import sys
 
 import hypothesis
@@ -13,6 +14,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 hypothesis.settings.register_profile("default", max_examples=7, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=84, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """A run in the background ignores Ctrl-C, one under nohup SIGHUP; tests of both need them as they usually are."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_addoption(parser):
