@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--transformers", type=Path, help="a checkout of transformers, of the installed version")
     parser.add_argument("--output", type=Path, default=Path("results/peers"), help="where everything is kept")
     parser.add_argument("--workers", type=int, default=2, help="processes (pytest-xdist)")
+    parser.add_argument("-k", dest="expression", help="tests whose names match, as pytest's -k")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="suites whose names contain one of these")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = suites.find(output, chosen.transformers and chosen.transformers.resolve())
         if chosen.only:
             found = [suite for suite in found if any(name in suite.name for name in chosen.only)]
-        launch = suites.launcher(output, chosen.workers)
+        launch = suites.launcher(output, chosen.workers, chosen.expression)
         return report([compare(suite, output / "runs", launch) for suite in found])
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -36,28 +36,41 @@ class Outcome:
 def compare(suite: Suite, folder: Path, launch: Launch) -> Outcome:
     """Runs both sides, or what is left of them, and once more what differs."""
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {side: run_side(suite, side, folder, launch) for side in _SIDES}
+    unfused = run_side(suite, "unfused", folder, launch)
+    sides = {"unfused": unfused, "fused": run_side(suite, "fused", folder, launch, only=_comparable(unfused))}
     outcome = Outcome(suite, sides)
     differing = _differing(sides)
     if differing:
-        again = {side: run_side(suite, side, folder, launch, only=list(differing)) for side in _SIDES}
+        again = {side: run_side(suite, side, folder, launch, only=list(differing), is_again=True) for side in _SIDES}
         outcome.differences = _differing(again)
         outcome.unsteady = {id: why for id, why in differing.items() if id not in outcome.differences}
     return outcome
+
+
+def _comparable(unfused: Mapping[str, dict]) -> list[str]:
+    """The tests that can differ: any other fails already, or has nothing that `fuse` knows."""
+    return [id for id, note in unfused.items() if note["outcome"] == "passed" and note["eligible"]]
 
 
 def _differing(sides: Mapping[str, Mapping[str, dict]]) -> dict[str, str]:
     """The tests that pass unfused and not fused, and what they said."""
     unfused, fused = (sides[side] for side in _SIDES)
     lost = {"outcome": "lost", "reason": "it was not run"}
-    found = {id: fused.get(id, lost) for id, note in unfused.items() if note["outcome"] == "passed"}
+    found = {
+        id: fused.get(id, lost) for id, note in unfused.items() if note["outcome"] == "passed" and note["eligible"]
+    }
     return {id: f"{note['outcome']}: {note['reason']}" for id, note in found.items() if note["outcome"] != "passed"}
 
 
-def run_side(suite: Suite, side: str, folder: Path, launch: Launch, only: list[str] | None = None) -> dict[str, dict]:
-    """The results of one side by test id; runs what is not there yet for these versions. only: these tests alone."""
-    stem = f"{suite.name.replace(' ', '-')}.{side}" + ("" if only is None else ".again")
-    file, head = folder / f"{stem}.jsonl", _versions(suite, side) | {"only": only}
+def run_side(
+    suite: Suite, side: str, folder: Path, launch: Launch, only: list[str] | None = None, is_again: bool = False
+) -> dict[str, dict]:
+    """The results of one side by test id; runs what is not there yet for these versions. only: these tests alone;
+    is_again: kept beside those of the first time."""
+    stem = f"{suite.name.replace(' ', '-')}.{side}" + (".again" if is_again else "")
+    file, head = folder / f"{stem}.jsonl", _versions(suite, side, only)
+    if only == []:
+        return {}
     lines = _lines(file)
     if not lines or lines[0] != head:
         file.write_text(json.dumps(head) + "\n", encoding="utf-8")
@@ -65,8 +78,9 @@ def run_side(suite: Suite, side: str, folder: Path, launch: Launch, only: list[s
     if not any("ended" in line for line in lines):
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")  # without half a line
         arguments = [
-            suite.file.relative_to(suite.root), "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider",
-            "-p", "fusing", "-q", "--tb=short", "--peers-results", file,
+            str(suite.file.relative_to(suite.root)), f"--rootdir={suite.root}", "-o", "addopts=",
+            "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
+            f"--peers-results={file}",
         ]  # fmt: skip
         if side == "fused":
             arguments.append("--peers-fuse")
@@ -74,9 +88,9 @@ def run_side(suite: Suite, side: str, folder: Path, launch: Launch, only: list[s
             if ids:
                 listed = folder / f"{stem}.{option}"
                 listed.write_text("\n".join(ids), encoding="utf-8")
-                arguments += [f"--peers-{option}", listed]
+                arguments.append(f"--peers-{option}={listed}")
         with _progress(f"{suite}, {side}", file):
-            code = launch(list(map(str, arguments)), suite.root)
+            code = launch(arguments, suite.root)
         lines = _lines(file)
         if code in _ENDED or not any("selected" in line for line in lines):
             with open(file, "a", encoding="utf-8") as written:
@@ -90,22 +104,23 @@ def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _versions(suite: Suite, side: str) -> dict:
+def _versions(suite: Suite, side: str, only: list[str] | None) -> dict:
     """What a side's results rest on."""
-    files = [suite.file, *Path(__file__).parent.glob("*.py")]
+    files = [suite.file, *(Path(__file__).with_name(name) for name in ("fusing.py", "hub.py"))]
     if side == "fused":
         package = Path(mmpeft_fast.__file__).parent
         files += [*package.rglob("*.py"), *package.rglob("*.json"), *package.glob("*.so")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())
+    digest.update(repr(only).encode())
     libraries = {library.__name__: library.__version__ for library in (peft, transformers, torch)}
     return {
         "suite": suite.name,
         "side": side,
         "python": platform.python_version(),
         **libraries,
-        "files": digest.hexdigest(),
+        "digest": digest.hexdigest(),
     }
 
 
@@ -144,18 +159,12 @@ def report(outcomes: list[Outcome]) -> int:
             counts = ", ".join(f"{_count(notes, kind)} {kind}" for kind in ("passed", "failed", "skipped"))
             print(f"  {side:7}  {counts}")
         unfused, fused = (outcome.sides[side] for side in _SIDES)
-        ran = sum(note["fused"] > 0 for note in fused.values())
-        passed = sum(note["fused"] > 0 and note["outcome"] == "passed" for note in fused.values())
-        print(f"  fused in {ran} tests, of which {passed} passed")
-        both = [id for id, note in unfused.items() if note["outcome"] == fused.get(id, {}).get("outcome") == "failed"]
-        wanted = [id for id in both if any(sign in unfused[id]["reason"] for sign in _OF_NETWORK)]
-        if both:
-            print(f"  {len(both)} could not run or fail on both sides, of which {len(wanted)} want a network")
-        gained = sum(
-            note["outcome"] == "passed" and unfused.get(id, {}).get("outcome") == "failed" for id, note in fused.items()
-        )
-        if gained:
-            print(f"  {gained} fail unfused and pass fused")
+        eligible, ran = len(_comparable(unfused)), sum(note["fused"] > 0 for note in fused.values())
+        print(f"  a model that fuse knows in {eligible} of those that pass; layers fused in {ran} tests")
+        failed = [note["reason"] for note in unfused.values() if note["outcome"] == "failed"]
+        wanted = sum(any(sign in reason for sign in _OF_NETWORK) for reason in failed)
+        if failed:
+            print(f"  {len(failed)} fail unfused and say nothing; {wanted} of them could not run without a network")
         for title, found in (("differs", outcome.differences), ("differed once, not again", outcome.unsteady)):
             for id, why in found.items():
                 print(f"  {title}: {id}: {why}")

@@ -2,10 +2,12 @@
 
 Loaded with `-p fusing` by `tests.peers`. It changes libraries while those tests run, never the tests: a model is fused
 when it is first called, generates or is saved, and again when modules were added since. What cannot be fused runs as it
-was. Nothing is asked of a network.
+was. Nothing is asked of a network. On both sides decoders of the known families are built with SiLU, where a suite asks
+for another activation: with that alone they are eligible.
 
-    --peers-results FILE    appends a JSON line a test: id, outcome, layers fused, reason
-    --peers-fuse            fuses; without it the tests run as they were published
+    --peers-results FILE    appends a JSON line a test: id, outcome, reason, eligible (calls of a model that `fuse`
+                            knows), fused (layers that ran fused)
+    --peers-fuse            fuses; without it nothing is
     --peers-done FILE       ids, one a line, that are left out
     --peers-only FILE       ids, one a line; others are left out
 """
@@ -15,6 +17,7 @@ import json
 import signal
 import threading
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -28,6 +31,7 @@ from torch import nn
 
 import mmpeft_fast
 from mmpeft_fast.layers import decoder
+from mmpeft_fast.models import family_of
 
 # What a suite may do first with a model that it has made.
 _ENTRANCES = (
@@ -37,6 +41,8 @@ _ENTRANCES = (
     (peft.PeftModel, "generate"),
     (peft.PeftModel, "save_pretrained"),
 )
+# Text decoders of the families that `fuse` knows.
+_TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 _MODELS = (transformers.PreTrainedModel, peft.PeftModel)
 _SECONDS = 300
 _REASON = 400  # characters
@@ -68,16 +74,19 @@ def _refuse(request):
     raise OfflineModeIsEnabled(f"no network here: {request.url}")
 
 
-class _Fusing:
-    """Fuses models at `_ENTRANCES`; num_layers counts the layers that ran fused."""
+class _Entrances:
+    """Sees models at `_ENTRANCES`, and fuses them if asked to. counts: calls of models that `fuse` knows ("eligible"),
+    and layers that ran fused ("fused")."""
 
-    def __init__(self):
-        self.num_layers = 0
+    def __init__(self, is_fusing):
+        self.counts = Counter()
+        self._is_fusing = is_fusing
         self._is_inside = False
         self._thread = threading.get_ident()
         self._undo = []
         for owner, name in _ENTRANCES:
             self._replace(owner, name, self._entrance(getattr(owner, name)))
+        self._replace(transformers.PreTrainedModel, "__init__", _with_silu(transformers.PreTrainedModel.__init__))
         self._replace(decoder, "fused_linear", self._counting(decoder.fused_linear))
 
     def _replace(self, owner, name, function):
@@ -92,7 +101,7 @@ class _Fusing:
         @functools.wraps(function)
         def counting(*args, **kwargs):
             if not torch.compiler.is_compiling():
-                self.num_layers += kwargs.get("prologue") == "swiglu"  # once a layer
+                self.counts["fused"] += kwargs.get("prologue") == "swiglu"  # once a layer
             return function(*args, **kwargs)
 
         return counting
@@ -105,30 +114,53 @@ class _Fusing:
                 return function(model, *args, **kwargs)
             self._is_inside = True
             try:
-                self._fuse(model)
+                if _is_eligible(model):
+                    self.counts["eligible"] += 1
+                    if self._is_fusing:
+                        _fuse(model)
                 return function(model, *args, **kwargs)
             finally:
                 self._is_inside = False
 
         return entrance
 
-    def _fuse(self, model):
-        if model.__dict__.get("_peers_seen") == _modules_of(model):
-            return
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            mmpeft_fast.fuse(model)
-        model.__dict__["_peers_seen"] = _modules_of(model)
+
+def _is_eligible(model):
+    try:
+        family_of(model)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def _fuse(model):
+    if model.__dict__.get("_peers_seen") == _modules_of(model):
+        return
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        mmpeft_fast.fuse(model)
+    model.__dict__["_peers_seen"] = _modules_of(model)
 
 
 def _modules_of(model):
     return tuple((id(module), type(module)) for module in model.modules())
 
 
+def _with_silu(initialise):
+    @functools.wraps(initialise)
+    def initialise_with_silu(self, config, *args, **kwargs):
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if getattr(text, "model_type", None) in _TEXT_TYPES and hasattr(text, "hidden_act"):
+            text.hidden_act = "silu"
+        return initialise(self, config, *args, **kwargs)
+
+    return initialise_with_silu
+
+
 class _Peers:
     def __init__(self, config):
         self.config = config
-        self.fusing = _Fusing() if config.getoption("--peers-fuse") else None
+        self.entrances = _Entrances(config.getoption("--peers-fuse"))
         is_worker = hasattr(config, "workerinput")
         results = None if is_worker else config.getoption("--peers-results")
         self.results = open(results, "a", encoding="utf-8") if results else None  # noqa: SIM115
@@ -137,8 +169,7 @@ class _Peers:
         self.notes = {}  # id -> what is known of a test that has not ended
 
     def close(self):
-        if self.fusing is not None:
-            self.fusing.close()
+        self.entrances.close()
         if self.results is not None:
             self.results.close()
         set_client_factory(default_client_factory)
@@ -161,17 +192,17 @@ class _Peers:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self._write(id=report.nodeid, outcome="failed", fused=0, reason=_reason(report))
+            self._write(id=report.nodeid, outcome="failed", reason=_reason(report), eligible=0, fused=0)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        """Ends a test that hangs, and notes how many layers it ran fused."""
+        """Ends a test that hangs, and notes what was counted."""
 
         def stop(*_):
             raise TimeoutError(f"not ended after {_SECONDS} s")
 
-        before, is_main = self._num_layers(), threading.current_thread() is threading.main_thread()
-        item.user_properties.append(("fused", lambda: self._num_layers() - before))
+        is_main = threading.current_thread() is threading.main_thread()
+        self.entrances.counts.clear()
         if is_main:
             handler = signal.signal(signal.SIGALRM, stop)
             signal.alarm(_SECONDS)
@@ -182,15 +213,10 @@ class _Peers:
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, handler)
 
-    def _num_layers(self):
-        return 0 if self.fusing is None else self.fusing.num_layers
-
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        report.user_properties = [
-            (name, value() if callable(value) else value) for name, value in report.user_properties
-        ]
+        report.user_properties = [*report.user_properties, *self.entrances.counts.items()]
         return report
 
     def pytest_runtest_logreport(self, report):
@@ -201,7 +227,8 @@ class _Peers:
             note.update(outcome="skipped", reason=_reason(report))
         if report.when == "teardown" or report.when == "???":  # the latter: the process died
             del self.notes[report.nodeid]
-            self._write(id=report.nodeid, **note, fused=dict(report.user_properties).get("fused", 0))
+            counts = dict(report.user_properties)
+            self._write(id=report.nodeid, **note, **{name: counts.get(name, 0) for name in ("eligible", "fused")})
 
 
 def _ids(path):

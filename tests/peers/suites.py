@@ -105,7 +105,7 @@ def _peft_source(folder: Path) -> Path | None:
     return root
 
 
-def launcher(output: Path, workers: int) -> Launch:
+def launcher(output: Path, workers: int, expression: str | None = None) -> Launch:
     """Runs pytest in a process of its own, which ends with this one."""
     places = [_HERE, _ROOT, output / "packages", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
@@ -118,9 +118,10 @@ def launcher(output: Path, workers: int) -> Launch:
     }
     is_parallel = importlib.util.find_spec("xdist") is not None and workers > 1
     parallel = ["-n", str(workers), "--dist", "worksteal"] if is_parallel else []
+    chosen = [] if expression is None else ["-k", expression]
 
     def launch(arguments: list[str], folder: Path) -> int:
-        command = [sys.executable, "-m", "pytest", *parallel, *arguments]
+        command = [sys.executable, "-m", "pytest", *parallel, *chosen, *arguments]
         with open(output / "pytest.log", "ab") as log:
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
