@@ -1,4 +1,4 @@
-"""transformers' recording of attentions under torch.compile: its hooks still run where fused code has looked at them."""
+"""Attentions that transformers records under torch.compile: its hooks still run after fused code looked at them."""
 
 import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
