@@ -1,11 +1,11 @@
-# make study | test | test-gpu-env | nightly | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
+# make study | test | test-gpu-env | nightly | peer-tests | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTHON312 ?= python3.12
 GPU_STAMP := .venv-gpu/.installed
 
-.PHONY: help study test test-gpu-env nightly lint bench cpu-bench sanitize clean gpu
+.PHONY: help study test test-gpu-env nightly peer-tests lint bench cpu-bench sanitize clean gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make test-gpu-env   the tests with Python 3.12, torch 2.11, triton 3.6 and transformers 5.17, in .venv-gpu (downloads torch's CUDA wheel)"
 	@echo "make nightly 504 random combinations of family, method and settings, 10,000 of modifications, 1000 hostile inputs, 100 kills"
+	@echo "make peer-tests TRANSFORMERS=/path   HF PEFT's and transformers' own tests (of a checkout), unfused and fused; last line: N differences"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
@@ -53,6 +54,10 @@ nightly: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=nightly $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_modifications.py --nightly $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_hostile.py tests/train/test_kill.py --nightly $(ARGS)
+
+# Goes on where it was stopped. Fetches peft's source distribution and what only the suites import, into results/peers.
+peer-tests: $(STAMP)
+	$(BIN)/python -m tests.peers $(if $(TRANSFORMERS),--transformers "$(TRANSFORMERS)") $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ other libraries' layers are registered in `hf_peft`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
@@ -85,6 +86,7 @@ def runs_as_known(module: nn.Module, role: str) -> bool:
     return "forward" not in module.__dict__ and not has_hooks(module) and why_unknown(own_class(module), role) is None
 
 
+@torch.compiler.assume_constant_result  # a compiler that has seen a closure's cell cannot run the closure
 def recorded_key(hook: Callable) -> str | None:
     """What a forward hook of transformers records where that is asked for ("attentions", ...); None for any other.
 
