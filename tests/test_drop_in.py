@@ -89,7 +89,7 @@ def test_what_cannot_be_fused_stays_is_named_and_works():
     model.base_model.set_adapter(["default", "dora"])
     randomize_trainable(model)
     with pytest.warns(UserWarning, match=r"fuse: 3 of 7 modules stay as they were: .*layers\.1: LoRA adapter 'dora'"):
-        assert_same_training_step(model, tiny_batch("llava"))
+        assert_same_training_step(model, tiny_batch("llava"), strict=False)
     report = fuse_report(model)
     assert len(report.kept) == 3 and "outside the decoder" in str(report)
     assert "decoder layers" in str(report).splitlines()[1] and "1/2" in str(report).splitlines()[1]

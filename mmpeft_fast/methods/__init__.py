@@ -80,7 +80,8 @@ def make_method(name: str, **overrides) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; expected one of {sorted(METHODS)}")
     build = METHODS[name]
-    known = [field.name for field in fields(_class_of(build))]
+    common = {field.name for field in fields(Method)}
+    known = sorted((field.name for field in fields(_class_of(build))), key=common.__contains__)  # its own come first
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ValueError(f"method {name!r} has no setting {unknown}; expected settings in {known}")
