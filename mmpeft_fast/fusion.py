@@ -50,6 +50,8 @@ class FuseReport:
     parts: tuple[Part, ...]
     verified: str | None = None
     """What comparing the model with itself unfused has found, where that was asked for."""
+    graphs: str | None = None
+    """What runs as CUDA graphs, where that was asked for, and why other calls did not."""
 
     @property
     def kept(self) -> dict[str, str]:
@@ -73,7 +75,8 @@ class FuseReport:
             rows += [(part.name, fused, lines[0]), *(("", "", line) for line in lines[1:])]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows]
-        return "\n".join(lines if self.verified is None else [*lines, f"against the unfused model: {self.verified}"])
+        more = {"against the unfused model": self.verified, "CUDA graphs": self.graphs}
+        return "\n".join([*lines, *(f"{what}: {said}" for what, said in more.items() if said is not None)])
 
 
 def _by_reason(kept: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
@@ -95,7 +98,12 @@ def fuse_report(model: nn.Module) -> FuseReport:
     except ValueError as error:
         return report_of([Candidate("model", type(base).__name__, base, str(error))])
     found = [seen._replace(reason=seen.reason or (None if is_swapped(seen.module) else _NOT_YET)) for seen in found]
-    return replace(report_of(found), verified=base.__dict__.get("verified"))
+    graphs = next((graphs for seen in found if (graphs := seen.module.__dict__.get("graphs")) is not None), None)
+    return replace(
+        report_of(found),
+        verified=base.__dict__.get("verified"),
+        graphs=None if graphs is None else graphs.summary(),
+    )
 
 
 def report_of(found: list[Candidate]) -> FuseReport:

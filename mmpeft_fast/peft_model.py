@@ -17,6 +17,7 @@ from mmpeft_fast.layers.causal_lm import FusedCausalLM
 from mmpeft_fast.layers.class_swap import check_restorable, is_swapped, own_class, restore_class, swap_class
 from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
 from mmpeft_fast.layers.graphless import Graphless
+from mmpeft_fast.layers.graphs import LayerGraphs
 from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
@@ -39,6 +40,7 @@ _FUSE_ATTRIBUTES = (
     "cache_idx",
     "decoder_path",
     "full_attention",
+    "graphs",
     "has_own_forward",
     "is_tail",
     "keep_logits",
@@ -171,7 +173,12 @@ def _add_prefix(decoder: nn.Module, layers: list[nn.Module], family: Family, pla
 
 
 def fuse(
-    model: nn.Module, *, keep_logits: bool = False, strict: bool = False, verify: bool | Mapping[str, Any] = False
+    model: nn.Module,
+    *,
+    keep_logits: bool = False,
+    strict: bool = False,
+    verify: bool | Mapping[str, Any] = False,
+    cuda_graphs: bool = False,
 ) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
@@ -187,12 +194,15 @@ def fuse(
             has prepared. Any device, `meta` and fake tensors too.
         keep_logits: training forward passes return full logits.
         strict: what cannot be fused is an error, and the model is then unchanged.
+        cuda_graphs: training passes of decoder layers are recorded as CUDA graphs in the second step of a shape and
+            replayed from then on (`layers.graphs`), where nothing forbids it: `fuse_report` says what did. The same
+            bits for less of the host's time. A gradient that is kept beyond `zero_grad` has to be cloned.
         verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or
             a training batch with labels.
 
     Returns:
-        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits` of the last call
-        counts.
+        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits` and `cuda_graphs`
+        of the last call count.
 
     Raises:
         ValueError: not a module; with `strict`, something cannot be fused or computes something else; a publisher's
@@ -223,12 +233,13 @@ def fuse(
     paths, decoder, layers = family.paths, family.decoder_of(base), family.layers_of(base)
     fusable = {id(seen.module) for seen in found if seen.reason is None}
     owned = owners(model)
+    graphs = LayerGraphs() if cuda_graphs else None
     for layer_idx, layer in enumerate(layers):
         if id(layer) in fusable:
             for roles in (paths.projections, ("gate", "up"), ("down",)):
                 stack_linears([paths.at(layer, role) for role in roles], owned)
             layer.paths, layer.cache_idx, layer.has_own_forward = paths, layer_idx, not is_publishers
-            layer.is_tail = layer is layers[-1]
+            layer.is_tail, layer.graphs = layer is layers[-1], graphs
     for seen in found:
         if seen.reason is None and seen.part in _FUSED_CLASSES:
             swap_class(seen.module, _FUSED_CLASSES[seen.part])

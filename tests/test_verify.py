@@ -127,9 +127,9 @@ def scale_an_input_gradient(patch):
 def wrong_rotation(patch):
     plain = decoder.FusedDecoderLayer._attend
 
-    def attend(self, raw, scales, norms, cos_sin, *args):
-        cos, sin = cos_sin
-        return plain(self, raw, scales, norms, (cos, -sin if self.cache_idx == 1 else sin), *args)
+    def attend(self, raw, scales, norms, inputs, *args):
+        sin = -inputs.sin if self.cache_idx == 1 else inputs.sin
+        return plain(self, raw, scales, norms, inputs._replace(sin=sin), *args)
 
     patch.setattr(decoder.FusedDecoderLayer, "_attend", attend)
 

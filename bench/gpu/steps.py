@@ -26,7 +26,7 @@ from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
 from mmpeft_fast.stored.baseline import add_baseline
 
 _SCALING = 2.0
-FUSED = (*PROVIDERS, "default")
+FUSED = (*PROVIDERS, "default", "graphs")
 # No further step is timed after these.
 _SECONDS_A_STEP = 12.0
 
@@ -95,7 +95,7 @@ def implement(model: nn.Module, setting: Setting, implementation: str) -> nn.Mod
 
     frozen: nothing is trained, the backward goes to the input embeddings. peft: HF PEFT, float32 adapters; peft_bf16:
     adapters in the model's dtype; liger: that, on Liger's classes; unsloth: `real_peers`. A provider's name: fused with
-    float32 adapters and forced to that provider; default: as `fuse` chooses.
+    float32 adapters and forced to that provider; default: as `fuse` chooses; graphs: that, replayed as CUDA graphs.
     """
     method = LoRA(r=setting.r, alpha=_SCALING * setting.r, dropout=setting.dropout)
     dtype = next(model.parameters()).dtype
@@ -105,7 +105,7 @@ def implement(model: nn.Module, setting: Setting, implementation: str) -> nn.Mod
     elif implementation in FUSED:
         if implementation != "default" and why_not_installed(implementation) is not None:  # asking loads the extension
             raise RuntimeError(f"{implementation} is not installed: {why_not_installed(implementation)}")
-        model = fuse(add_peft(model, method))
+        model = fuse(add_peft(model, method), cuda_graphs=implementation == "graphs")
     elif implementation == "unsloth":
         model = real_peers.unsloth_model(model, setting)
     else:

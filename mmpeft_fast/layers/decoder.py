@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.graphs import Inputs, LayerGraphs
 from mmpeft_fast.layers.prefix import CallPrefix
-from mmpeft_fast.layers.reading import Recorded, check_arguments, sites_of
+from mmpeft_fast.layers.reading import LayerSites, Recorded, check_arguments, sites_of
 from mmpeft_fast.layers.sites import Unfusable, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
@@ -38,6 +39,8 @@ class FusedDecoderLayer(Swapped):
     keeps padding out of every row that counts, so the mask is not needed. `prefix`: keys and values before the
     text's, where the call brings them; `attn.prefix` is one that the model has for good.
 
+    `graphs`: replays training passes as CUDA graphs, for all layers of a model; None: every call runs eagerly.
+
     A layer that cannot be read at some call (an adapter of another kind was activated, a hook was put on a linear
     layer) runs its own forward there, and says so once; with `has_own_forward` false it raises.
     """
@@ -46,6 +49,7 @@ class FusedDecoderLayer(Swapped):
     cache_idx = 0
     is_tail = False
     has_own_forward = True
+    graphs: LayerGraphs | None = None
 
     def forward(
         self,
@@ -74,13 +78,36 @@ class FusedDecoderLayer(Swapped):
                 use_cache=use_cache, position_embeddings=position_embeddings, **query, **kwargs,
             )  # fmt: skip
             return y if rows is None else take_rows(y, rows)
-        (gain, eps), projections = sites.input_norm, sites.projections
-        o, gate, up, down = sites.o, sites.gate, sites.up, sites.down
         mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
-
         # One draw a layer; `stream` keeps the masks of its four calls apart.
         draws = any(branch.dropout > 0.0 for site in sites.linears for branch in site.segment.branches)
         seed = draw_seed(x.device) if draws else None
+        # A layer that somebody moved takes its place in the cache, and its part of HF PEFT's prefix, along.
+        place = getattr(paths.attention_of(self), "layer_idx", self.cache_idx)
+        inputs = Inputs(x, *position_embeddings, mask, seed, *self._prefix(prefix, place))
+        if self.graphs is not None and rows is None and past_key_values is None and query_scale is None:
+            settings = self._head_settings()
+            y = self.graphs.run(self, self.cache_idx, sites, settings, inputs, self._compute)
+            if y is not None:
+                return y
+        cache = None if past_key_values is None else (past_key_values, place)
+        return self._compute(sites, inputs, rows=rows, cache=cache, query_scale=query_scale)
+
+    def _prefix(self, prefix: CallPrefix | None, place: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Keys and values [HK, P, DH] before the text's, as the call or the model has them."""
+        if prefix is not None:
+            return prefix.layer(place)
+        attn = self.paths.attention_of(self)
+        return attn.prefix() if hasattr(attn, "prefix") else (None, None)
+
+    def _compute(
+        self, sites: LayerSites, inputs: Inputs, *, rows: Tensor | None = None, cache=None, query_scale=None
+    ) -> Tensor:
+        """The layer's output from what it was read as. cache: keys and values of earlier calls and the layer's place
+        there."""
+        x, seed = inputs.x, inputs.seed
+        (gain, eps), projections = sites.input_norm, sites.projections
+        o, gate, up, down = sites.o, sites.gate, sites.up, sites.down
 
         # The output scales of q, k, v are left to attention, which redoes them in its backward.
         def project(x, *sites):
@@ -108,9 +135,7 @@ class FusedDecoderLayer(Swapped):
         if query_scale is not None:
             q = (q * query_scale).to(q.dtype)
 
-        attended = self._attend(
-            (q, k, v), scales, sites.head_norms, position_embeddings, mask, past_key_values, rows, prefix
-        )
+        attended = self._attend((q, k, v), scales, sites.head_norms, inputs, cache, rows)
         x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
         gain, eps = sites.post_attention_norm
@@ -137,20 +162,17 @@ class FusedDecoderLayer(Swapped):
             self.said.add(str(reason))
             _say(who, str(reason))
 
-    def _attend(self, raw, scales, head_norms, cos_sin, mask, cache, rows, prefix) -> Tensor:
+    def _head_settings(self) -> tuple[int, float]:
+        """Width of a head, and what its scores are scaled by."""
         attn = self.paths.attention_of(self)
-        head_dim = attn.head_dim
-        scale = getattr(attn, "scaling", head_dim**-0.5)
+        return attn.head_dim, getattr(attn, "scaling", attn.head_dim**-0.5)
+
+    def _attend(self, raw, scales, head_norms, inputs: Inputs, cache, rows) -> Tensor:
+        head_dim, scale = self._head_settings()
         gains = [None if norm is None else norm.gain for norm in head_norms]
         head_eps = next((norm.eps for norm in head_norms if norm is not None), 0.0)
         q_how, k_how, v_how = map(HeadTransform, scales, (*gains, None))
-        # A layer that somebody moved takes its place in the cache, and its part of HF PEFT's prefix, along.
-        place = getattr(attn, "layer_idx", self.cache_idx)
-        if prefix is not None:
-            prefix = prefix.layer(place)
-        elif hasattr(attn, "prefix"):
-            prefix = attn.prefix()
-        cos, sin = cos_sin
+        cos, sin, mask, prefix = inputs.cos, inputs.sin, inputs.mask, inputs.prefix
         if cache is None:
             return attention(
                 *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, q_how=q_how, k_how=k_how,
@@ -160,7 +182,8 @@ class FusedDecoderLayer(Swapped):
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)
         k = transform_heads(raw[1], k_how, cos, sin, head_dim, head_eps)
         v = transform_heads(raw[2], v_how, None, None, head_dim, head_eps)
-        k, v = cache.update(k, v, place)
+        keys_and_values, place = cache
+        k, v = keys_and_values.update(k, v, place)
         causal = mask is None and q.shape[2] > 1
         out = concat_prefix_attention(q, k, v, scale=scale, mask=mask, causal=causal, prefix=prefix)
         return out.transpose(1, 2).flatten(-2)
