@@ -12,6 +12,7 @@ from bench.gpu.shapes import DIMS, linear_calls
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.attention import HeadTransform, attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from mmpeft_fast.ops.flash import repeated_shapes
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
 from mmpeft_fast.ops.norms import rms_norm_ref
 from mmpeft_fast.ops.rms_norm import rms_norm
@@ -171,6 +172,17 @@ def _attention(function, head_dim, *, q, k, v, frozen_angles, scales, gains, pre
     return (out,)
 
 
+def _attention_of_repeated_shapes(*args, **options) -> Tensor:
+    """`attention` on the library's kernels that plan for a shape, none of which run where bits have to repeat."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with repeated_shapes():
+            return attention(*args, **options)
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
 def _loss_operands(num_rows, width, num_words, dtype, device, adapters=None) -> dict:
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
@@ -200,8 +212,15 @@ def op_cases() -> Iterator[OpCase]:
                 ["prefix"] * bool(prefix) + ["scales"] * scales + ["mask"] * mask + ["rows"] * rows + ["norms"] * norms
             )
             operands = partial(_attention_operands, sizes, prefix, scales, mask, rows, norms)
+            name = " ".join(["attention", label, *parts])
             run = (partial(_attention, function, sizes[-1]) for function in (attention, attention_ref))
-            yield OpCase(" ".join(["attention", label, *parts]), ("attention",), operands, *run)
+            yield OpCase(name, ("attention",), operands, *run)
+            if not (mask or rows):
+                run = (
+                    partial(_attention, function, sizes[-1])
+                    for function in (_attention_of_repeated_shapes, attention_ref)
+                )
+                yield OpCase(f"{name} of repeated shapes", ("attention",), operands, *run)
     for sizes in ((1, 33, 40), (130, 264, 1000), (200, 512, 152064)):
         run = (partial(_loss, function) for function in (linear_cross_entropy, linear_cross_entropy_ref))
         label = f"linear_cross_entropy {'x'.join(map(str, sizes))}"

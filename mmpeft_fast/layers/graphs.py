@@ -4,8 +4,10 @@ A step of a shape that was seen before is recorded layer by layer as it runs, ev
 and every backward in the opposite order, into one pool of memory; later steps of that shape replay it. Recorded in the
 order of a step, a layer's kept tensors and temporaries take the same places in the pool that they would take eagerly.
 So a replay is right only in that order too, with nothing of another shape in between; whatever comes otherwise runs
-eagerly, and so does every call that is no training pass on plain tensors. Both give the same bits: these are the same
-kernels on the same operands, dropout's seeds are drawn outside and copied in.
+eagerly, and so does every call that is no training pass on plain tensors. Both run the same kernels on the same
+operands, dropout's seeds are drawn outside and copied in, so both give the same bits where the kernels repeat theirs.
+One kernel may differ: cuDNN's attention, which has to plan for every shape, runs in recordings alone, and not under
+torch's deterministic algorithms.
 
 A replay writes a layer's parameter gradients where it wrote them the last time. A gradient that is still the
 parameter's `.grad` then (gradient accumulation) is moved away first; what else keeps one has to clone it.
@@ -26,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from mmpeft_fast.layers.reading import LayerSites
 from mmpeft_fast.layers.sites import has_hooks, is_recorded, recorded_key
 from mmpeft_fast.ops.autocast import autocast_dtype
+from mmpeft_fast.ops.flash import repeated_shapes
 from mmpeft_fast.ops.providers import forced_provider
 
 _logger = logging.getLogger(__name__)
@@ -304,7 +307,7 @@ class _Graph:
             self._y = compute(recorded_sites, static)
             return (self._y,)
 
-        with _as_recorded():
+        with _as_recorded(), repeated_shapes():
             self._forward = recorder.record(run)
         (y,) = self._forward.outputs
         chain.addresses.add(y.data_ptr())

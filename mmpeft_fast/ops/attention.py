@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         call = AttentionCall(*arguments)
         ctx.runner = runner or AttentionRunner(kernel_set("attention", call.q))
         kept = ctx.runner.forward(call, _needs(ctx), overwrite)
-        ctx.options, ctx.is_raw, ctx.joint = call[NUM_TENSORS:], kept.is_raw, kept.joint
+        ctx.options, ctx.is_raw, ctx.more = call[NUM_TENSORS:], kept.is_raw, (kept.joint, kept.kernel)
         ctx.save_for_backward(*kept[:3], *call[3:NUM_TENSORS], kept.out, kept.lse, *kept.extra)
         return kept.out
 
@@ -64,7 +64,7 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each look
         tensors, (out, lse, *extra) = saved[:NUM_TENSORS], saved[NUM_TENSORS:]
         call = AttentionCall(*tensors, *ctx.options)
-        kept = AttentionKept(*tensors[:3], ctx.is_raw, out, lse, tuple(extra), ctx.joint)
+        kept = AttentionKept(*tensors[:3], ctx.is_raw, out, lse, tuple(extra), *ctx.more)
         grads = ctx.runner.backward(call, kept, dout, _needs(ctx))
         return None, None, *grads, *(None,) * (len(call) - NUM_DIFFERENTIABLE)
 

@@ -55,7 +55,7 @@ class AttentionKept(NamedTuple):
     """What a forward pass keeps for its backward besides the call's own tensors.
 
     q, k, v: as they went into the softmax, but as the GEMM gave them where `is_raw`; out [B, T, H * DH]; lse, extra: of
-    flash attention; joint: dq, dk, dv are to be columns of one buffer.
+    flash attention; joint: dq, dk, dv are to be columns of one buffer; kernel: as in `FlashResult`.
     """
 
     q: Tensor
@@ -66,6 +66,7 @@ class AttentionKept(NamedTuple):
     lse: Tensor
     extra: tuple[Tensor, ...]
     joint: bool
+    kernel: str | None = None
 
 
 def as_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -96,7 +97,7 @@ def forward(
             transformed[0], call.prefix_k, call.prefix_v, result.out, result.lse,
             scale=call.scale, alive=_alive(call.mask),
         )  # fmt: skip
-        result = FlashResult(out, lse, result.extra)
+        result = result._replace(out=out, lse=lse)
     return transformed, result
 
 
@@ -114,7 +115,7 @@ def backward(
     )
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # that of a sum is one number
     out, dout = as_heads(kept.out, head_dim), as_heads(dout, head_dim)
-    result = FlashResult(out, kept.lse, kept.extra)
+    result = FlashResult(out, kept.lse, kept.extra, kept.kernel)
     dq, dk, dv = flash_backward(dout, q, k, v, result, call.mask, call.causal, call.scale)
     dprefix_k = dprefix_v = None
     if call.prefix_k is not None:
@@ -157,7 +158,7 @@ class AttentionRunner(NamedTuple):
         ]
         # [B, T, H, DH] in memory where the kernel keeps q's layout, so this is a view.
         out = result.out.transpose(1, 2).flatten(-2)
-        return AttentionKept(*kept, is_raw, out, result.lse, result.extra, joint)
+        return AttentionKept(*kept, is_raw, out, result.lse, result.extra, joint, result.kernel)
 
     def backward(
         self, call: AttentionCall, kept: AttentionKept, dout: Tensor, need: tuple[bool, ...]

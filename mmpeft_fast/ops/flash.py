@@ -6,6 +6,9 @@ The backward uses only exp(s - lse) and sum(do * o): called with the o and lse o
 these keys, it returns the exact gradients of this part. Attention with a trainable prefix rests on that.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -14,17 +17,32 @@ from torch import Tensor
 from mmpeft_fast.ops.activations import accumulate_dtype
 
 _aten = torch.ops.aten
-# The CUDA flash kernels take half precision and head dimensions that are multiples of 8 up to 256.
+# The CUDA flash kernels take half precision and head dimensions that are multiples of 8 up to 256; cuDNN's backward, on
+# Hopper and later, up to 128.
 _CUDA_FLASH_MAX_HEAD_DIM = 256
+_CUDNN_MAX_HEAD_DIM, _CUDNN_CAPABILITY = 128, (9, 0)
+_shapes_repeat: ContextVar[bool] = ContextVar("shapes repeat", default=False)
+
+
+@contextmanager
+def repeated_shapes() -> Iterator[None]:
+    """Inside, shapes are known to come again: cuDNN's attention, which plans anew for every shape, may run."""
+    token = _shapes_repeat.set(True)
+    try:
+        yield
+    finally:
+        _shapes_repeat.reset(token)
 
 
 class FlashResult(NamedTuple):
     """out [B, H, Tq, DH] (laid out like q), lse [B, H, Tq], and the tensors that the kernel's own backward wants
-    besides (the state of a random generator, though nothing is dropped)."""
+    besides (the state of a random generator, though nothing is dropped); kernel: whose these are, None where that of
+    the same q, k and mask."""
 
     out: Tensor
     lse: Tensor
     extra: tuple[Tensor, ...]
+    kernel: str | None = None
 
 
 def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -32,6 +50,18 @@ def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return None if mask is None else mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _may_use_cudnn(q: Tensor) -> bool:
+    return (
+        _shapes_repeat.get()
+        and q.device.type == "cuda"
+        and q.shape[-1] <= _CUDNN_MAX_HEAD_DIM
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cudnn.is_available()
+        and not torch.are_deterministic_algorithms_enabled()
+        and torch.cuda.get_device_capability(q.device) >= _CUDNN_CAPABILITY
+    )
 
 
 def _kernel(q: Tensor, k: Tensor, mask: Tensor | None) -> str:
@@ -42,7 +72,7 @@ def _kernel(q: Tensor, k: Tensor, mask: Tensor | None) -> str:
     if q.device.type in ("cuda", "meta"):
         head_dim, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
         if half and mask is None and head_dim % 8 == 0 and head_dim <= _CUDA_FLASH_MAX_HEAD_DIM:
-            return "cuda_flash"
+            return "cudnn" if _may_use_cudnn(q) else "cuda_flash"
         if q.dtype != torch.float64 and head_dim % 8 == 0:
             return "cuda_efficient"
     return "math"
@@ -97,6 +127,11 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
             q, k, v, 0.0, causal, False, scale=scale
         )
         return FlashResult(out, lse, (philox_seed, philox_offset))
+    if kernel == "cudnn":
+        out, lse, _, _, _, _, philox_seed, philox_offset, _ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return FlashResult(out, lse.view(lse.shape[:3]), (philox_seed, philox_offset), kernel)
     if kernel == "cuda_efficient":
         heads = q.shape[1]
         bias = None if mask is None else _padded_bias(mask, q, k.shape[2])
@@ -122,8 +157,8 @@ def flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes of q, k, v; `result` may hold the out and lse of a softmax over further keys."""
-    out, lse, extra = result
-    kernel = _kernel(q, k, mask)
+    out, lse, extra, kernel = result
+    kernel = kernel or _kernel(q, k, mask)
     if mask is not None and mask.dtype != torch.bool and mask.numel():
         dout = (dout * _unseen_share(additive_mask(mask, q.dtype).to(lse.dtype), lse)).to(dout.dtype)
     if kernel == "cpu":
@@ -136,6 +171,12 @@ def flash_backward(
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *extra, scale=scale
         )
+        return dq, dk, dv
+    if kernel == "cudnn":
+        dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse[..., None], *extra, None, None, None, q.shape[2], k.shape[2], 0.0, causal,
+            scale=scale,
+        )  # fmt: skip
         return dq, dk, dv
     heads, kv_heads = q.shape[1], k.shape[1]
     if kernel == "cuda_efficient":
