@@ -16,8 +16,10 @@ class FuseCallback(TrainerCallback):
     unfused model (`peft_model.verify_fused`); under torch.compile tokens are made and compared before training.
     """
 
-    def __init__(self, *, keep_logits: bool = False, strict: bool = False, verify: bool = True):
-        self.options = {"keep_logits": keep_logits, "strict": strict}
+    def __init__(
+        self, *, keep_logits: bool = False, strict: bool = False, verify: bool = True, cuda_graphs: bool = False
+    ):
+        self.options = {"keep_logits": keep_logits, "strict": strict, "cuda_graphs": cuda_graphs}
         self.verify = verify
 
     def on_init_end(self, args, state, control, *, model, **kwargs) -> None:

@@ -37,6 +37,8 @@ EASY_VQA = "easy-vqa"
 RESULT, ADAPTER = "result.json", "adapter"
 TINY_MODELS = tiny_names()
 _DTYPES = ("bf16", "fp32")
+# Fewer lengths, fewer graphs; half of it is what a sample gains on the mean.
+_GRAPH_MULTIPLE = 64
 
 _EPILOG = f"""\
 data: LLaVA's conversation JSON (a list) or .jsonl, one entry per sample:
@@ -111,6 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wherever --max-length falls), or answers alone; the same for other families (default: %(default)s)",
     )
     group.add_argument("--padding-side", choices=("right", "left"), default="right", help="(default: %(default)s)")
+    group.add_argument(
+        "--pad-to-multiple-of",
+        type=int,
+        metavar="N",
+        help=f"pad batches to a length that N divides ({_GRAPH_MULTIPLE} with CUDA graphs, else 1)",
+    )
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that load images (default: none)")
     group.add_argument(
         "--eval-data", metavar="FILE", help=f"measure exact-match accuracy at the end; {EASY_VQA}: test split"
@@ -142,6 +150,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-verify", action="store_false", dest="verify", help="do not compare the fused model with itself unfused"
     )
     group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
+    group.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on an NVIDIA GPU, replay the fused decoder layers of shapes that come again (default: on)",
+    )
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
@@ -162,7 +176,12 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = _load_model(args.model, DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
-    collator = Collator(processor, padding_side=args.padding_side, max_length=args.max_length, loss=args.loss)
+    multiple_of = args.pad_to_multiple_of
+    if multiple_of is None:
+        multiple_of = _GRAPH_MULTIPLE if _records_graphs(args) else 1
+    collator = Collator(
+        processor, padding_side=args.padding_side, max_length=args.max_length, multiple_of=multiple_of, loss=args.loss
+    )
     collator.check([*samples, *eval_samples])
     seed_everything(config.seed)  # the method's initial values
     method = study_method(model, args.method, **settings)
@@ -266,7 +285,13 @@ def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tupl
         for parameter in model.parameters():
             if id(parameter) not in own:
                 parameter.data = parameter.data.to(DTYPES[args.dtype])
-    return (fuse(model) if args.implementation == "fused" else model), implementation
+    if args.implementation == "fused":
+        model = fuse(model, cuda_graphs=_records_graphs(args))
+    return model, implementation
+
+
+def _records_graphs(args: argparse.Namespace) -> bool:
+    return args.implementation == "fused" and args.cuda_graphs and not args.cpu and torch.cuda.is_available()
 
 
 def _summary(model: nn.Module, args: argparse.Namespace, implementation: str, num_samples: int) -> str:

@@ -48,6 +48,21 @@ def test_labels_are_the_answers_and_their_end_tokens(processor, samples, side):
         assert (input_ids[mask == 0] == tokenizer.pad_token_id).all()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_length_of_a_multiple(processor, samples, side):
+    plain, padded = (Collator(processor, padding_side=side, multiple_of=n)(samples) for n in (1, 64))
+    length, wide = plain["input_ids"].shape[1], padded["input_ids"].shape[1]
+    assert wide % 64 == 0 and length < wide < length + 64
+    inner = slice(0, length) if side == "right" else slice(wide - length, None)
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(padded[name][:, inner], plain[name])
+        outer = torch.ones(wide, dtype=torch.bool)
+        outer[inner] = False
+        expected = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}[name]
+        assert (padded[name][:, outer] == expected).all()
+    assert padded["supervised_capacity"] == plain["supervised_capacity"]
+
+
 def test_batch_has_what_the_contract_says(processor, samples):
     batch = Collator(processor)(samples)
     shape = batch["input_ids"].shape
@@ -237,7 +252,7 @@ def test_settings_tell_collators_apart(processor, samples):
     plain(samples)
     assert plain.settings == before == Collator(processor).settings
     assert {"padding_side", "max_length", "tokenizer", "processor", "chat_template"} <= before.keys()
-    changes = {"padding_side": "left"}, {"max_length": 99}, {"loss": "answers"}
+    changes = {"padding_side": "left"}, {"max_length": 99}, {"loss": "answers"}, {"multiple_of": 8}
     for other in (Collator(processor, **change) for change in changes):
         assert sum(other.settings[name] != value for name, value in before.items()) == 1
 
@@ -247,3 +262,5 @@ def test_bad_arguments(processor):
         Collator(processor, padding_side="top")
     with pytest.raises(ValueError, match="max_length: expected an integer of at least 1 or none, got 0"):
         Collator(processor, max_length=0)
+    with pytest.raises(ValueError, match="multiple_of: expected an integer of at least 1, got 0"):
+        Collator(processor, multiple_of=0)

@@ -395,6 +395,7 @@ def continuations(rng, tools):
         "num_samples": lambda: {"dataset": run["dataset"][:-1]},
         "collator.loss": lambda: {"collator": collator(loss="answers")},
         "collator.padding_side": lambda: {"collator": collator(padding_side="left")},
+        "collator.multiple_of": lambda: {"collator": collator(multiple_of=32)},
         "collator.max_length": lambda: {"collator": collator(max_length=500)},
         **{
             name: lambda name=name, value=value: {"config": replace(RUN, **{name: value})}
