@@ -343,8 +343,7 @@ class Collator:
         for name in rows[0]:
             value = padding.get(name, 0)
             parts = [row[name] for row in rows]
-            if name == "labels" and self.padding_side == "left":
-                # A row's first token is nobody's target; padding before it must not become what predicts it.
+            if name == "labels":  # a row's first token is nobody's target: not that of padding before it either
                 parts = [torch.cat((labels.new_full((1,), IGNORE_INDEX), labels[1:])) for labels in parts]
             stacked = pad_sequence(parts, batch_first=True, padding_value=value, padding_side=self.padding_side)
             batch[name] = torch.nn.functional.pad(stacked, further, value=value)

@@ -154,7 +154,8 @@ def test_the_publishers_loss_is_the_collators_default(processor, side):
     for options in ({}, {"loss": "publisher"}):
         batch = Collator(processor, padding_side=side, **options)([sample])
         counted = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != IGNORE_INDEX])
-        assert counted == TURN + TURN + "<|im_start|>ab é<|im_end|>\n" + TURN + "<|im_start|>no<|im_end|>\n"
+        turns = TURN + TURN + "<|im_start|>ab é<|im_end|>\n" + TURN + "<|im_start|>no<|im_end|>\n"
+        assert counted == turns.removeprefix("<|im_start|>")  # the first token of all is nobody's target
         assert batch["supervised_capacity"] == (batch["labels"][0, 1:] != IGNORE_INDEX).sum()
     with pytest.raises(ValueError, match="expected 'publisher' or 'answers', got 'all'"):
         Collator(processor, loss="all")
