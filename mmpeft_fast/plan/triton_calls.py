@@ -17,7 +17,7 @@ from mmpeft_fast.ops import dispatch, kernels_torch
 from mmpeft_fast.plan.counting import FlopSum, Recorder
 from mmpeft_fast.plan.placeholders import Placeholders
 
-_NO_KERNELS = ("unsupported", "keep_bits")
+_NO_KERNELS = ("adds_in_dx", "unsupported", "keep_bits")
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:
@@ -74,7 +74,7 @@ def dispatched_as(gpu_name: str) -> Iterator[None]:
         "_measured": dispatch._measured.__wrapped__,  # its cache is of the GPU that is there
         "_say_unmeasured": lambda *what: None,  # nothing runs
     }
-    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation")}
+    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation", "draws_in_dx")}
     with ExitStack() as stack:
         if table is not None:
             from mmpeft_kernels.tile import assumed_architecture
