@@ -8,7 +8,7 @@ steps come first, so that s and the mask are applied in the accumulator; tensor 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import triton
@@ -197,6 +197,8 @@ def lowrank_gemm(
             GROUP_M=GROUP_M, **tile.options,
         )  # fmt: skip
 
+    if p > 0.0 and rank % 16:  # blocks of z and U that are no whole vectors, and the mask, take registers
+        tile = replace(tile, block_n=min(tile.block_n, 128))
     fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size(), wide=wide), tile, x.device, attempt)
     return out
 

@@ -62,7 +62,7 @@ def scaled_row(h, scale_ptr, offs_k, K):
 
 
 @triton.jit
-def _elements_kernel(
+def _prologue_elements_kernel(
     x_ptr, up_ptr, in_scale_ptr, h_ptr, M, K, stride_xm, stride_upm, stride_hm,
     PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _store_normalised(x, rstd, gain_ptr, in_scale_ptr, h_row_ptr, offs_k, K):
 
 
 @triton.jit
-def _rows_kernel(
+def _prologue_rows_kernel(
     x_ptr, gain_ptr, in_scale_ptr, h_ptr, rstd_ptr, K, stride_xm, stride_hm, eps,
     IS_WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -149,13 +149,14 @@ def _make_h(x, up, gain, in_scale, h, rstd, *, name: str, eps: float) -> None:
         is_whole = width <= MAX_WHOLE_ROW
         block_k = max(16, 1 << (width - 1).bit_length()) if is_whole else _STEP
         launch(
-            _rows_kernel, (num_rows,), x.device, x, gain, in_scale, h, rstd, width, x.stride(0), h.stride(0), eps,
+            _prologue_rows_kernel, (num_rows,), x.device,
+            x, gain, in_scale, h, rstd, width, x.stride(0), h.stride(0), eps,
             IS_WHOLE=is_whole, BLOCK_K=block_k, num_warps=warps_of_row(block_k), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         return
     tile = _ELEMENTS
     launch(
-        _elements_kernel, (cdiv(num_rows, tile.block_m), cdiv(width, tile.block_n)), x.device,
+        _prologue_elements_kernel, (cdiv(num_rows, tile.block_m), cdiv(width, tile.block_n)), x.device,
         x, up, in_scale, h, num_rows, width, x.stride(0), up.stride(0) if up is not None else 0, h.stride(0),
         PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, **tile.options,
     )  # fmt: skip

@@ -147,7 +147,7 @@ def _prologue_backward_kernel(
 
 
 @triton.jit
-def _rows_backward_kernel(
+def _prologue_backward_rows_kernel(
     dh_ptr, x_ptr, gain_ptr, rstd_ptr, in_scale_ptr, dresidual_ptr, dx_ptr, dgain_ptr, din_scale_ptr,
     M, K, stride_dhm, stride_xm, stride_dresidualm, stride_dxm,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -229,7 +229,7 @@ def prologue_backward(
         if not num_blocks or (dx is dgain is din_scale is None):
             return dgain, din_scale
         launch(
-            _rows_backward_kernel, (num_blocks,), dh.device,
+            _prologue_backward_rows_kernel, (num_blocks,), dh.device,
             dh, x, gain, rstd, in_scale, dresidual, dx, dgain, din_scale, num_rows, width, dh.stride(0), x.stride(0),
             0 if dresidual is None else dresidual.stride(0), dx.stride(0) if need_dx else 0,
             ROWS=rows, BLOCK_K=block_k, num_warps=warps_of_row(block_k), num_stages=1, enable_fp_fusion=True,

@@ -75,7 +75,7 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def _shrink_finish_kernel(
     partial_ptr, a_ptr, z_ptr, M, R, S, stride_am, stride_zm, z_scaling,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def shrink(
         )  # fmt: skip
         if partial is not None:
             launch(
-                _finish_kernel, (cdiv(num_rows, _FINISH.block_m), cdiv(rank, _FINISH.block_n)), h.device,
+                _shrink_finish_kernel, (cdiv(num_rows, _FINISH.block_m), cdiv(rank, _FINISH.block_n)), h.device,
                 partial, a, z, num_rows, rank, splits, *outputs, z_scaling,
                 ACTIVATION=activation, BLOCK_M=_FINISH.block_m, BLOCK_R=_FINISH.block_n, **_FINISH.options,
             )  # fmt: skip
