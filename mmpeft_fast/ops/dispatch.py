@@ -259,10 +259,14 @@ def draws_in_dx(dy: Tensor, num_in: int, rank: int) -> bool:
         key = _measured(dy.device, "masked_dx", bucket(dy.dtype, m=dy.shape[0], n=num_in, k=dy.shape[1], r=rank))
         if key is not None:
             return table.ways["masked_dx"][key] == "triton"
+    arch = _architecture(dy.device)
+    return isinstance(arch, int) and arch >= 90
+
+
+def _architecture(device: torch.device) -> int | str:
     from mmpeft_kernels.tile import architecture
 
-    arch = architecture(dy.device) if table is None else table.architecture
-    return isinstance(arch, int) and arch >= 90
+    return architecture(device)
 
 
 def wants_layout(device: torch.device, dtype: torch.dtype, num_out: int, depth: int, rank: int) -> bool:

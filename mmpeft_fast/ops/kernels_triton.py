@@ -143,11 +143,9 @@ def _in_one_launch(terms: Sequence[Term], num_out: int) -> dict | None:
 
 
 def _gemm_tile(direction: str, x: Tensor, operands: Sequence[Tensor | None], segments, rank: int) -> gemm.GemmTile:
-    """The measured tile where there is one, else the default that the operands can take. A backward GEMM is measured
-    without a low-rank part."""
-    num_out, fields = operands[1].shape[1], None  # out
-    if direction == "fwd" or not rank:
-        fields = dispatch.tile_fields(f"lowrank_gemm {direction}", x, m=x.shape[0], n=num_out, k=x.shape[1], r=rank)
+    """The measured tile where there is one, else the default that the operands can take."""
+    name = "masked_dx" if rank and direction == "dx" else f"lowrank_gemm {direction}"
+    fields = dispatch.tile_fields(name, x, m=x.shape[0], n=operands[1].shape[1], k=x.shape[1], r=rank)
     arch = architecture(x.device)
     aligned = isinstance(arch, int) and arch >= 90 and all(t is None or gemm.can_use_tma(t) for t in (x, *operands))
     for tile in (
