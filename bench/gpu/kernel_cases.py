@@ -17,7 +17,9 @@ from mmpeft_fast.ops.norms import rms_norm_forward
 
 _EPS, _SCALING = 1e-5, 1.7
 # Of the functions that linear calls run; the others are checked as parts of whole ops.
-KERNELS = ("prologue", "prologue_backward", "ddown", "dy_pass", "lowrank_gemm fwd", "lowrank_gemm dx")
+KERNELS = (
+    "prologue", "prologue_backward", "shrink", "ddown", "dy_pass", "lowrank_gemm fwd", "lowrank_gemm dx", "masked_dx",
+)  # fmt: skip
 _LARGE = (("llama-7b", 520, 128), ("qwen2.5-7b", 1024, 16), ("llama-7b", 1024, 64))
 
 
@@ -82,6 +84,11 @@ def _prologue(kernels, *, name, p, x, gain, down, seed, **_):
     return {"h": h, "a": a}
 
 
+def _shrink(kernels, *, p, x, down, seed, **_):
+    _, _, a = kernels.prologue(PrologueSpec("none", None, _EPS, None), x[:1], _low_rank(down, p, seed), need_h=False)
+    return {"a": a}
+
+
 def _prologue_backward(kernels, *, name, p, what, x, gain, down, da, dh, dresidual, seed):
     """what: of dx and dD the ones that are wanted."""
     low_rank = [] if down is None else [(_low_rank(down, p, seed), da)]
@@ -141,6 +148,26 @@ def _lowrank_gemm_dx(kernels, *, dy, weight):
     return {"dx": kernels.lowrank_gemm_dx(dy, weight)}
 
 
+def _masked_dx_operands(rank, sizes, dtype, device, adapters=None):
+    random = _Random(dtype, device, adapters)
+    branches = {"da": random.normal(sizes[0], rank), "down": random.adapter(rank, sizes[1]), "seed": random.seed()}
+    return {**_dx_operands(sizes, dtype, device, adapters), **branches}
+
+
+def _masked_dx(kernels, *, p, dy, weight, da, down, seed):
+    return {"dx": kernels.lowrank_gemm_dx(dy, weight, low_rank=(_low_rank(down, p, seed), da))}
+
+
+def dx_in_two_passes(kernels, *, p, dy, weight, da, down, seed) -> dict:
+    """The low-rank part added by a pass over what the library's GEMM made."""
+    dx = dy @ weight
+    grads = kernels.prologue_backward(
+        PrologueSpec("none", None, _EPS, None), dx, (None,), None, low_rank=[(_low_rank(down, p, seed), da)],
+        ddown_wanted=[False], need_dx=(True,),
+    )  # fmt: skip
+    return {"dx": grads.dx[0]}
+
+
 def _dy_operands(widths, sizes, dtype, device, adapters=None):
     num_rows, rank = sizes
     random = _Random(dtype, device, adapters)
@@ -170,6 +197,7 @@ def call_case(kernel: str, call: LinearCall, m: int, r: int, p: float) -> Case:
     parts = {
         "prologue": (norm, rows, partial(_prologue, name=call.prologue, p=p)),
         "prologue_backward": (norm, rows, partial(backward, what=("dx",))),
+        "shrink": (norm[:1], partial(_prologue_operands, "none", rank, (m, call.width)), partial(_shrink, p=p)),
         "ddown": (norm, rows, partial(backward, what=("ddown",))),
         "dy_pass": (
             norm[:1], partial(_dy_operands, widths, (m, r)), partial(_dy_pass, widths=widths, activation="identity")
@@ -179,6 +207,9 @@ def call_case(kernel: str, call: LinearCall, m: int, r: int, p: float) -> Case:
             partial(_lowrank_gemm, widths=widths),
         ),
         "lowrank_gemm dx": (norm[:1], partial(_dx_operands, (m, call.width, sum(widths))), _lowrank_gemm_dx),
+        "masked_dx": (
+            norm[:1], partial(_masked_dx_operands, rank, (m, call.width, sum(widths))), partial(_masked_dx, p=p)
+        ),
     }  # fmt: skip
     return Case(name, *parts[kernel])
 

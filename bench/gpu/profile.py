@@ -18,6 +18,7 @@ from bench.gpu.judge import mapped
 _KINDS = (
     ("prologue_backward", ("prologue_backward",)),
     ("prologue", ("prologue",)),
+    ("shrink", ("shrink",)),
     ("ddown", ("ddown",)),
     ("dy_pass", ("dy_pass", "dypass", "_finish_kernel")),
     ("lowrank_gemm", ("lowrank_gemm",)),

@@ -20,7 +20,7 @@ from mmpeft_fast.ops import dispatch
 from mmpeft_fast.plan.devices import Device, device_named
 
 # Products of [M, R] with one matrix a call: dy's pass makes da and dU.
-_PRODUCTS = {"prologue": 1, "prologue_backward": 1, "ddown": 1, "dy_pass": 2}
+_PRODUCTS = {"shrink": 1, "ddown": 1, "dy_pass": 2}
 _MANY = 128  # a rank from which on products bound the kernels
 
 

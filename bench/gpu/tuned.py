@@ -167,7 +167,8 @@ def gemm_ways(rows: Sequence[dict], allowed: set[str]) -> dict[str, str]:
 
 
 def other_ways(rows: Sequence[dict]) -> dict[str, dict[str, str]]:
-    """kernel -> bucket -> "composite" where the library's GEMMs beat the best tile of a kernel that is no GEMM."""
+    """kernel -> bucket -> "composite" where the library's GEMMs beat the best tile of a kernel that is no GEMM of the
+    table; of masked_dx also "triton" where they do not, since elsewhere the capability decides."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for (kernel, bucket), measured in _by_bucket(rows).items():
         if kernel in _GEMMS:
@@ -179,6 +180,8 @@ def other_ways(rows: Sequence[dict]) -> dict[str, dict[str, str]]:
         ]
         if ratios and fmean(ratios) < 1 - _NOISE:
             found[kernel][bucket] = "composite"
+        elif ratios and kernel == "masked_dx":
+            found[kernel][bucket] = "triton"
     return dict(found)
 
 

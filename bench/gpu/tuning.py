@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.gpu import tuned
 from bench.gpu.checks import judged_case, kernels_of
 from bench.gpu.judge import mapped
-from bench.gpu.kernel_cases import Case, call_case, wide
+from bench.gpu.kernel_cases import Case, call_case, dx_in_two_passes, wide
 from bench.gpu.shapes import DIMS, LinearCall, Scope, linear_calls
 from bench.gpu.timing import device_of, timed
 from mmpeft_fast.dtypes import DTYPES
@@ -54,13 +54,9 @@ def _rows(blocks, warps, stages, fits: Callable[[int, int], bool] = lambda m, n:
     ]
 
 
-def _prologue(r: int, rank: int) -> list[Fields]:
-    blocks = ((16, 128), (32, 128), (64, 64), (32, 64))
-    return _rows(blocks, (4, 8), (2,), lambda m, n: m * min(rank, 256) <= _ACCUMULATOR_VALUES)
-
-
-def _prologue_backward(r: int, rank: int) -> list[Fields]:
-    return _rows(((16, 256), (16, 128), (32, 128), (64, 64), (32, 64)), (4, 8), (1,))
+def _shrink(r: int, rank: int) -> list[Fields]:
+    blocks = ((64, 64), (64, 128), (128, 64), (32, 128))
+    return _rows(blocks, (4, 8), (3, 4), lambda m, n: m * min(max(rank, 16), 256) <= _ACCUMULATOR_VALUES)
 
 
 def _ddown(r: int, rank: int) -> list[Fields]:
@@ -90,8 +86,8 @@ def _gluon(r: int, rank: int) -> list[Fields]:
 # Names are the keys of the table's tiles (Gluon's are kept under the plain GEMM's) with the sizes that their buckets
 # are made of and candidates beside the default; those that took most of a step come first.
 KERNELS: dict[str, tuple[str, Callable[[int, int], list[Fields]]]] = {
-    "prologue_backward": ("mkR", _prologue_backward),
-    "prologue": ("mkR", _prologue),
+    "masked_dx": ("mnkR", _gemm),
+    "shrink": ("mkR", _shrink),
     "dy_pass": ("mnr", _dy_pass),
     "ddown": ("mkR", _ddown),
     "lowrank_gemm fwd": ("mnkr", _gemm),
@@ -103,7 +99,7 @@ KERNELS: dict[str, tuple[str, Callable[[int, int], list[Fields]]]] = {
 
 def sizes(kernel: str, problem: Problem) -> dict[str, int]:
     """What `dispatch.tile_fields` is called with."""
-    call, is_dx = problem.linear, kernel.endswith(" dx")
+    call, is_dx = problem.linear, kernel.endswith("dx")
     inside, outside = (sum(call.num_outs), call.width) if is_dx else (call.width, sum(call.num_outs))
     values = {
         "m": problem.m, "n": outside, "k": inside, "r": 0 if is_dx else problem.r, "R": problem.r * len(call.num_outs)
@@ -122,6 +118,7 @@ def problems(scope: Scope) -> list[tuple[str, Problem]]:
         (kernel, Problem(dims, call, m, r, p))
         for dims, r, m, p in scope.problems
         for kernel in KERNELS
+        if p or kernel != "masked_dx"
         for call in linear_calls(DIMS[dims])
     ]
 
@@ -169,7 +166,9 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
         return case.run(kernels_of("triton"), **operands)
 
     functions: dict[str, Callable] = {str(i): lambda tile=tile: run(tile) for i, tile in enumerate(tiles)}
-    if "gemm" in kernel or kernel == "dy_pass":
+    if kernel == "masked_dx":
+        functions["torch"] = lambda: dx_in_two_passes(kernels_of("triton"), p=shape.p, **operands)
+    elif "gemm" in kernel or kernel == "dy_pass":
         functions["torch"] = lambda: case.run(kernels_torch, **operands)
     if device == "cuda" and why_not_installed("cuda") is None:
         functions["cuda"] = lambda: case.run(kernels_of("cuda"), **operands)
@@ -178,11 +177,12 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
         functions |= {
             "bare": lambda: operands["x"] @ operands["weight"].t(), "layout": lambda: x @ weight.t()
         }  # fmt: skip
-    if kernel.endswith(" dx"):
+    if kernel.endswith("dx"):
         functions["bare"] = lambda: operands["dy"] @ operands["weight"]
     with tuned.forced(name, None, way) as set_tile:
         measured = timed(functions, device_of(device), seconds=_SECONDS_A_PROBLEM)
-    work = _work(kernel, shape, operands, case.run(kernels_torch, **operands) if "gemm" not in kernel else {})
+    is_gemm = "gemm" in kernel or kernel == "masked_dx"
+    work = _work(kernel, shape, operands, {} if is_gemm else case.run(kernels_torch, **operands))
     common = {"kernel": kernel, "dtype": dtype, **shape._asdict(), "sizes": sizes(kernel, shape)}
     for which, times in measured.items():
         row = {**common, "tile": tiles[int(which)] if which.isdigit() else which, **times.row()}
@@ -190,11 +190,11 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
 
 
 def _work(kernel: str, problem: Problem, operands: dict, outputs: dict) -> dict[str, float]:
-    """GFLOP of a GEMM without its low-rank part; else the bytes that any way of doing it has to move: operands read
-    once, results written once."""
-    if "gemm" in kernel:
+    """GFLOP of a GEMM, which has no `outputs`, without its low-rank part; else the bytes that any way of doing it has
+    to move: operands read once, results written once."""
+    if not outputs:
         return {"gflop_s": 2 * problem.m * problem.linear.width * sum(problem.linear.num_outs)}
     found: list[Tensor] = []
-    unread = {"prologue": ("da", "dh", "dresidual"), "ddown": ("dh", "dresidual")}.get(kernel, ())
+    unread = {"shrink": ("da", "dh", "dresidual"), "ddown": ("dh", "dresidual")}.get(kernel, ())
     mapped([{name: part for name, part in operands.items() if name not in unread}, outputs], found.append)
     return {"gb_s": sum(tensor.numel() * tensor.element_size() for tensor in found)}

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from triton.runtime.jit import JITFunction
@@ -299,12 +300,15 @@ def _cases(arch: int | str, dtype) -> Iterator[tuple[str, Callable]]:
             f"lowrank_gemm dx {kind} into",
             lambda t=tile: _gemm_dx(lowrank_gemm.lowrank_gemm, HIDDEN, HIDDEN, dtype, tile=t, residual=hidden),
         )
-        yield (
-            f"lowrank_gemm dx {kind} low rank",
-            lambda t=tile: _gemm_dx(
-                lowrank_gemm.lowrank_gemm, HIDDEN, INTERMEDIATE, dtype, tile=t, z=empty(ROWS, 64), u=empty(64, HIDDEN)
-            ),
-        )
+        for (rank, down_dtype), dropped in product(product(ranks, adapter_dtypes), (True, False)):
+            suffix = f"{'' if down_dtype == dtype else ' fp32 D'}{' dropout' if dropped else ''}"
+            yield (
+                f"lowrank_gemm dx {kind} r{rank}{suffix}",
+                lambda t=tile, r=rank, d=down_dtype, m=mask if dropped else {}: _gemm_dx(
+                    lowrank_gemm.lowrank_gemm, HIDDEN, INTERMEDIATE, dtype, tile=t, z=empty(ROWS, r),
+                    u=empty(r, HIDDEN, dtype=d), **m,
+                ),
+            )  # fmt: skip
     if arch == 90 and dtype.itemsize == 2:
         gluon = lowrank_gemm_gluon.lowrank_gemm
         for rank, branches in ((rank, branches) for rank in (0, *ranks) for branches in (3, 1)):

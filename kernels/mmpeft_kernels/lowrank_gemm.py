@@ -1,17 +1,20 @@
 """A GEMM whose accumulator also takes a low-rank product: out = (s z U + x W (+ bias)) (* scale) (+ residual).
 
 Forward (transposed operands): x = h, W = weight [N, K], U = up [N, R] block-diagonal over the segments of a stacked
-weight. Backward: x = dy, W = weight [K, N] as it lies, z = da, U = down [R, N]. Persistent programs in grouped order;
-the low-rank steps come first, so that s costs nothing; tensor descriptors (TMA) for x and W where `tile.use_tma`.
+weight. Backward: x = dy, W = weight [K, N] as it lies, z = da, U = down [R, N], s = 1 / keep, and the branches' dropout
+mask on the low-rank product, whose columns are the branches' inputs. Persistent programs in grouped order; the low-rank
+steps come first, so that s and the mask are applied in the accumulator; tensor descriptors (TMA) for x and W where
+`tile.use_tma`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import triton
 import triton.language as tl
 
+from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
 from mmpeft_kernels.launch import fitted, launch
 from mmpeft_kernels.row_chunks import num_multiprocessors
 from mmpeft_kernels.segments import SegmentShape, check_segments, column_tiles
@@ -67,10 +70,11 @@ def _load_block(
     return block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold"])
 def _lowrank_gemm_kernel(
-    x, w, z_ptr, u_ptr, bias_ptr, scale_ptr, residual, out, tiles_ptr,
+    x, w, z_ptr, u_ptr, seed_ptr, bias_ptr, scale_ptr, residual, out, tiles_ptr,
     M, N, K, num_tiles_n, stride_xm, stride_w, stride_zm, stride_u, stride_residualm, stride_outm, scaling,
+    stream, threshold,
     TRANSPOSED: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     COL_MULTIPLE: tl.constexpr, RANK_MULTIPLE: tl.constexpr, GROUP_M: tl.constexpr,
@@ -104,6 +108,10 @@ def _lowrank_gemm_kernel(
                     u = _load_block(u_ptr, stride_u, rank, first_col, end_rank, end_col, BLOCK_R, BLOCK_N, False)
                 acc = tl.dot(z, u.to(z.dtype), acc, input_precision="ieee")
             acc *= scaling
+            if seed_ptr is not None:
+                offs_row = row + tl.arange(0, BLOCK_M)
+                dropped = dropped_tile(tl.load(seed_ptr), stream, threshold, offs_row, first_col, BLOCK_N)
+                acc = tl.where(dropped, 0.0, acc)
 
         # Phase 2: the frozen GEMM.
         for k in range(0, K, BLOCK_K):
@@ -134,13 +142,15 @@ def _lowrank_gemm_kernel(
 
 def lowrank_gemm(
     x, weight, *, tile: GemmTile, z=None, u=None, scaling=1.0, segments: Sequence[SegmentShape] | None = None,
-    transposed=True, bias=None, scale=None, residual=None, out=None, num_programs: int | None = None,
+    transposed=True, p=0.0, seed=None, stream=0, bias=None, scale=None, residual=None, out=None,
+    num_programs: int | None = None,
 ):  # fmt: skip
     """The fused GEMM, out [M, N] in x's dtype. All matrices have unit column stride.
 
     transposed=True (forward): x [M, K], weight [N, K], z [M, sum of ranks], u [N, R] with R at least the largest rank:
         output column n of segment i adds `scaling * sum_r z[:, first_rank_i + r] u[n, r]` over r < rank_i.
-    transposed=False (dx): x [M, K], weight [K, N], z [M, R], u [R, N]; one segment.
+    transposed=False (dx): x [M, K], weight [K, N], z [M, R], u [R, N]; one segment. p, seed, stream: dropout of the
+        low-rank product z u [M, N], which is divided by the probability of being kept.
     segments: columns and ranks, in order; one segment when None. u may be wider in dtype than x.
     bias, scale [N] any float dtype; residual [M, N], added last; out: written where given (a view of a wider buffer
     may be). num_programs: persistent programs, one for each multiprocessor when None.
@@ -155,6 +165,8 @@ def lowrank_gemm(
     check_segments("lowrank_gemm", segments, num_out, rank)
     if not transposed and len(segments) > 1:
         raise ValueError(f"lowrank_gemm: expected one segment with transposed=False, got {len(segments)}")
+    if p > 0.0 and transposed:
+        raise ValueError("lowrank_gemm: expected dropout with transposed=False alone, got it forward")
     out = x.new_empty(num_rows, num_out) if out is None else out
     if not out.numel():
         return out
@@ -171,11 +183,12 @@ def lowrank_gemm(
             _lowrank_gemm_kernel, (min(num_tiles, num_programs or num_multiprocessors(x.device)),), x.device,
             operand(x, [tile.block_m, tile.block_k]),
             operand(weight, [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]),
-            z if rank else None, u if rank else None, bias, scale,
+            z if rank else None, u if rank else None, seed if rank and p > 0.0 else None, bias, scale,
             None if residual is None else operand(residual, [tile.block_m, tile.block_n]),
             operand(out, [tile.block_m, tile.block_n]), tiles,
             num_rows, num_out, depth, tiles.shape[0], x.stride(0), weight.stride(0), z.stride(0) if rank else 0,
-            u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0), scaling,
+            u.stride(0) if rank else 0, 0 if residual is None else residual.stride(0), out.stride(0),
+            scaling * inverse_keep_of(p), stream, threshold_of(p),
             TRANSPOSED=transposed, USE_TMA=tile.use_tma,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             BLOCK_R=block_of_ranks(segments, tile, wide),
@@ -184,6 +197,8 @@ def lowrank_gemm(
             GROUP_M=GROUP_M, **tile.options,
         )  # fmt: skip
 
+    if p > 0.0 and rank % 16:  # blocks of z and U that are no whole vectors, and the mask, take registers
+        tile = replace(tile, block_n=min(tile.block_n, 128))
     fitted(Footprint("lowrank_gemm", architecture(x.device), x.element_size(), wide=wide), tile, x.device, attempt)
     return out
 

@@ -1,39 +1,28 @@
-"""h = prologue(x) and a = drop(h) D^T of all branches that share h, from one pass over x (two for rms_norm).
+"""h = prologue(x), and a = drop(h) D^T of all branches that share h (`shrink`).
 
     none:   h = x * l          rms_norm: h = gain * x * rstd * l, rstd = (mean(x^2) + eps)^-1/2
     swiglu: h = silu(gate) * up * l                         l: optional input scale (IA3); z = s f(a)
 
-Every product is rounded to x's dtype where the torch provider rounds it; a is accumulated in float32.
+Every product is rounded to x's dtype where the torch provider rounds it; a is accumulated in float32. h is made at its
+bytes, every element read and written once: rms_norm keeps whole rows in registers, the others need no row at all.
 """
 
 import triton
 import triton.language as tl
 
-from mmpeft_kernels.activations import activate
-from mmpeft_kernels.dropout import dropped_tile, inverse_keep_of, threshold_of
-from mmpeft_kernels.launch import fitted, launch
-from mmpeft_kernels.shared_memory import Footprint
-from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
+from mmpeft_kernels.launch import launch
+from mmpeft_kernels.shrink import shrink
+from mmpeft_kernels.tile import Tile, cdiv
 
 PROLOGUES = ("none", "rms_norm", "swiglu")
-# One block of ranks keeps its float32 accumulator in registers; beyond it x is read once more for each block.
-MAX_BLOCK_R = 256
+# Widest row of rms_norm that one program keeps in registers, columns of a step beyond it, and values a thread.
+MAX_WHOLE_ROW, _STEP, _VALUES = 8192, 1024, 16
+_ELEMENTS = Tile(block_m=16, block_n=128, num_warps=8)
 
 
-def default_tile(rank: int, itemsize: int, arch: int | str, *, wide: bool = False) -> Tile:
-    """Blocks for `rank` columns of a (0 for none): of few rows, so that 2800 rows are a program for every
-    multiprocessor, and deep ones; eight warps where four cannot hold the accumulator. Fastest on an H200 over the calls
-    of a layer, at ranks 16 to 128 and 4096 and 8192 rows; AMD's is unmeasured. wide: D is float32 under narrower
-    operands and taken half as deep, as many bytes a step: deeper ones spill."""
-    if rank == 0:
-        return Tile(block_m=4, block_n=1024, num_warps=4)
-    if itemsize > 2:
-        return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
-    high = padded_rank(rank) > 128
-    num_warps = 8 if high else 4
-    if isinstance(arch, str):  # 64 KiB of shared memory
-        return Tile(block_m=32, block_n=64, num_warps=num_warps, num_stages=2)
-    return Tile(block_m=32 if high else 16, block_n=64 if wide else 128, num_warps=num_warps, num_stages=2)
+def warps_of_row(columns: int) -> int:
+    """Warps of a program that holds a row of so many columns."""
+    return min(8, max(1, columns // (32 * _VALUES)))
 
 
 @triton.jit
@@ -63,66 +52,62 @@ def scaled_by(h, scale_ptr, offs_k, K):
     return h
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
-def _prologue_kernel(
-    x_ptr, up_ptr, gain_ptr, in_scale_ptr, down_ptr, seed_ptr, h_ptr, rstd_ptr, a_ptr, z_ptr,
-    M, K, R, stride_xm, stride_upm, stride_dr, stride_hm, stride_am, stride_zm,
-    eps, inverse_keep, z_scaling, stream, threshold,
-    PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid_r = tl.program_id(1)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
+@triton.jit
+def scaled_row(h, scale_ptr, offs_k, K):
+    """`scaled_by` of one row."""
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        h = (h.to(tl.float32) * scale).to(h.dtype)
+    return h
 
-    # Phase 1: the row statistic.
-    rstd = tl.zeros([BLOCK_M], tl.float32)
-    if PROLOGUE == "rms_norm":
-        squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+
+@triton.jit
+def _prologue_elements_kernel(
+    x_ptr, up_ptr, in_scale_ptr, h_ptr, M, K, stride_xm, stride_upm, stride_hm,
+    PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h of the prologues that need no statistic of a row."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    h = unscaled_h_tile(x_ptr, up_ptr, None, None, offs_m, offs_k, M, K, stride_xm, stride_upm, PROLOGUE)
+    h = scaled_by(h, in_scale_ptr, offs_k, K)
+    mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    tl.store(h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :], h, mask=mask)
+
+
+@triton.jit
+def _store_normalised(x, rstd, gain_ptr, in_scale_ptr, h_row_ptr, offs_k, K):
+    mask = offs_k < K
+    gain = tl.load(gain_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    normalised = (x.to(tl.float32) * rstd).to(x.dtype)
+    h = scaled_row((normalised.to(tl.float32) * gain).to(x.dtype), in_scale_ptr, offs_k, K)
+    tl.store(h_row_ptr + offs_k, h, mask=mask)
+
+
+@triton.jit
+def _prologue_rows_kernel(
+    x_ptr, gain_ptr, in_scale_ptr, h_ptr, rstd_ptr, K, stride_xm, stride_hm, eps,
+    IS_WHOLE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """rms_norm of one row; from registers where BLOCK_K holds it all."""
+    row = tl.program_id(0).to(tl.int64)
+    if IS_WHOLE:
+        offs_k = tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + row * stride_xm + offs_k, mask=offs_k < K, other=0.0)
+        rstd = tl.rsqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=0) / K + eps)
+        _store_normalised(x, rstd, gain_ptr, in_scale_ptr, h_ptr + row * stride_hm, offs_k, K)
+    else:
+        squares = tl.zeros([BLOCK_K], tl.float32)
         for k in range(0, K, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            mask = mask_m[:, None] & (offs_k < K)[None, :]
-            x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * stride_xm + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
             squares += x * x
-        rstd = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)
-        if pid_r == 0:
-            tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
-
-    # Phase 2: h, and its product with the stacked down projections while it is in registers.
-    if down_ptr is not None:
-        offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        h = unscaled_h_tile(x_ptr, up_ptr, gain_ptr, rstd, offs_m, offs_k, M, K, stride_xm, stride_upm, PROLOGUE)
-        h = scaled_by(h, in_scale_ptr, offs_k, K)
-        if h_ptr is not None:  # noqa: SIM102 - known when compiled; the next is not
-            if pid_r == 0:
-                tl.store(
-                    h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :], h, mask=mask_m[:, None] & mask_k[None, :]
-                )
-        if down_ptr is not None:
-            if seed_ptr is not None:
-                h = tl.where(dropped_tile(seed, stream, threshold, offs_m, k, BLOCK_K), 0.0, h)
-            down = tl.load(
-                down_ptr + offs_r[:, None] * stride_dr + offs_k[None, :],
-                mask=mask_r[:, None] & mask_k[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(h, down.to(h.dtype).T, acc, input_precision="ieee")
-
-    # Phase 3: what the up projections and the backward need.
-    if down_ptr is not None:
-        a = (acc * inverse_keep).to(a_ptr.dtype.element_ty)
-        mask = mask_m[:, None] & mask_r[None, :]
-        tl.store(a_ptr + offs_m[:, None] * stride_am + offs_r[None, :], a, mask=mask)
-        if z_ptr is not None:
-            z = (activate(a.to(tl.float32), ACTIVATION) * z_scaling).to(a.dtype)
-            tl.store(z_ptr + offs_m[:, None] * stride_zm + offs_r[None, :], z, mask=mask)
+        rstd = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptr + row * stride_xm + offs_k, mask=offs_k < K, other=0.0)
+            _store_normalised(x, rstd, gain_ptr, in_scale_ptr, h_ptr + row * stride_hm, offs_k, K)
+    tl.store(rstd_ptr + row, rstd)
 
 
 def prologue(
@@ -139,35 +124,39 @@ def prologue(
 
     Returns (h or None, rstd [M] float32 or None, a or None, z = z_scaling f(a) or None). Unless an output is given for
     it, h is None with `write_h=False` and x itself where the prologue changes nothing, and z is a where they are equal.
+    tile: of the shrink.
     """
     import torch
 
-    num_rows, width = x.shape
-    rank = 0 if down is None else down.shape[0]
+    num_rows, rank = x.shape[0], 0 if down is None else down.shape[0]
     changed = name != "none" or in_scale is not None
-    h, z = h_out, z_out if rank else None
-    if h is None and write_h and changed:
-        h = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = x.new_empty(num_rows, dtype=torch.float32) if name == "rms_norm" else None
-    a = (x.new_empty(num_rows, rank) if a_out is None else a_out) if rank else None
-    if z is None and rank and (activation != "identity" or z_scaling != 1.0):
-        z = x.new_empty(num_rows, rank)
-    if num_rows and (changed or rank or h is not None):
-        block_r = padded_rank(rank, MAX_BLOCK_R) if rank else 16
+    h = h_out
+    if h is None:
+        h = torch.empty_like(x, memory_format=torch.contiguous_format) if changed else x
+    if num_rows and h is not x:
+        _make_h(x, up, gain, in_scale, h, rstd, name=name, eps=eps)
+    a = z = None
+    if rank:
+        options = {"activation": activation, "z_scaling": z_scaling, "p": p, "seed": seed, "stream": stream}
+        a, z = shrink(h, down, a_out=a_out, z_out=z_out, tile=tile, **options)
+    return (h if write_h or h_out is not None else None), rstd, a, z
 
-        def attempt(tile: Tile) -> None:
-            launch(
-                _prologue_kernel, (cdiv(num_rows, tile.block_m), cdiv(max(rank, 1), block_r)), x.device,
-                x, up, gain, in_scale, down, seed if p > 0.0 else None, h, rstd, a, z,
-                num_rows, width, rank, x.stride(0), up.stride(0) if up is not None else 0,
-                down.stride(0) if rank else 0, 0 if h is None else h.stride(0), a.stride(0) if rank else 0,
-                0 if z is None else z.stride(0), eps, inverse_keep_of(p), z_scaling, stream, threshold_of(p),
-                PROLOGUE=name, ACTIVATION=activation, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r,
-                **tile.options,
-            )  # fmt: skip
 
-        arch, itemsize = architecture(x.device), x.element_size()
-        wide = rank > 0 and down.element_size() > itemsize
-        footprint = Footprint("prologue", arch, itemsize, block_r if rank else 0, name, wide=wide)
-        fitted(footprint, tile or default_tile(rank, itemsize, arch, wide=wide), x.device, attempt)
-    return (x if write_h and h is None else h), rstd, a, (a if z is None else z)
+def _make_h(x, up, gain, in_scale, h, rstd, *, name: str, eps: float) -> None:
+    num_rows, width = x.shape
+    if name == "rms_norm":
+        is_whole = width <= MAX_WHOLE_ROW
+        block_k = max(16, 1 << (width - 1).bit_length()) if is_whole else _STEP
+        launch(
+            _prologue_rows_kernel, (num_rows,), x.device,
+            x, gain, in_scale, h, rstd, width, x.stride(0), h.stride(0), eps,
+            IS_WHOLE=is_whole, BLOCK_K=block_k, num_warps=warps_of_row(block_k), num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        return
+    tile = _ELEMENTS
+    launch(
+        _prologue_elements_kernel, (cdiv(num_rows, tile.block_m), cdiv(width, tile.block_n)), x.device,
+        x, up, in_scale, h, num_rows, width, x.stride(0), up.stride(0) if up is not None else 0, h.stride(0),
+        PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, **tile.options,
+    )  # fmt: skip

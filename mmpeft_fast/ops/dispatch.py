@@ -47,7 +47,8 @@ class Table:
 
     device: its name; providers: op -> proven provider; gemm: bucket -> composite | layout | triton | gluon | cuda;
     tiles: kernel -> bucket -> fields of the kernel's tile; ways: kernel that is no GEMM -> bucket -> "composite" where
-    library GEMMs are faster than it (identity activations); source: the results file the choices come from.
+    library GEMMs are faster than it (identity activations), and for "masked_dx" (`draws_in_dx`) "triton" or
+    "composite"; source: the results file the choices come from.
     architecture: as `mmpeft_kernels.tile.architecture` gives it.
     """
 
@@ -243,6 +244,29 @@ def dy_realisation(dy: Tensor, rank: int) -> str:
         if key is not None:
             return table.ways.get("dy_pass", {}).get(key, "triton")
     return "composite" if rank >= _LIBRARY_DY_RANK else "triton"
+
+
+def draws_in_dx(dy: Tensor, num_in: int, rank: int) -> bool:
+    """Whether the Triton provider adds mask * (da D) of branches of `rank` in the GEMM that makes dx [M, num_in] of
+    dy [M, N], by its own kernel, and not in the pass over dx after the library's GEMM.
+
+    Where nothing was measured: on Hopper and later, whose kernel is within 1.04 of the library's.
+    """
+    if dy.device.type != "cuda":
+        return True
+    table = table_of(dy.device)
+    if table is not None and "masked_dx" in table.ways:
+        key = _measured(dy.device, "masked_dx", bucket(dy.dtype, m=dy.shape[0], n=num_in, k=dy.shape[1], r=rank))
+        if key is not None:
+            return table.ways["masked_dx"][key] == "triton"
+    arch = _architecture(dy.device)
+    return isinstance(arch, int) and arch >= 90
+
+
+def _architecture(device: torch.device) -> int | str:
+    from mmpeft_kernels.tile import architecture
+
+    return architecture(device)
 
 
 def wants_layout(device: torch.device, dtype: torch.dtype, num_out: int, depth: int, rank: int) -> bool:

@@ -5,7 +5,8 @@ A provider is a module with the functions below; `kernels_torch` has all of them
 
     prologue             h = prologue(x), rstd, and a = drop(h) D^T of the branches on one mask
     prologue_backward    dh += mask * (da D), then the gradients of x, gain, input scale and D
-    lowrank_gemm         x W^T + bias + residual + the low-rank terms         lowrank_gemm_dx     dy W
+    lowrank_gemm         x W^T + bias + residual + the low-rank terms
+    lowrank_gemm_dx      dy W + mask * (da D)         adds_in_dx     whether the second term is better added there
     dy_pass              da = s (dy U) * f'(a) and dU = s dy^T f(a), for all segments
     post_branch          y + s f(drop(y) D^T) U^T + residual; its backward is dy_pass and prologue_backward
     heads                scale, head norm and rotation of q, k, v                     heads_backward

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mmpeft_fast.ops import csrc
 from mmpeft_fast.ops.kernel_set import HeadTransform, LowRank, Mask, PrologueGrads, PrologueSpec, Rotation
-from mmpeft_fast.ops.kernels_torch import lowrank_gemm, lowrank_gemm_dx
+from mmpeft_fast.ops.kernels_torch import adds_in_dx, lowrank_gemm, lowrank_gemm_dx
 
 __all__ = [
-    "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm", "lowrank_gemm_dx",
-    "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward", "unsupported",
+    "adds_in_dx", "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm",
+    "lowrank_gemm_dx", "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward",
+    "unsupported",
 ]  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

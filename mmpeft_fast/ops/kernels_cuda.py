@@ -13,6 +13,7 @@ from mmpeft_kernels.segments import SegmentShape
 from torch import Tensor
 
 from mmpeft_fast.ops import csrc, kernels_triton
+from mmpeft_fast.ops.kernels_torch import adds_in_dx
 from mmpeft_fast.ops.kernels_triton import (
     cross_entropy_,
     heads,
@@ -25,8 +26,9 @@ from mmpeft_fast.ops.kernels_triton import (
 from mmpeft_fast.ops.providers import log_fallback
 
 __all__ = [
-    "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm", "lowrank_gemm_dx",
-    "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward", "unsupported",
+    "adds_in_dx", "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm",
+    "lowrank_gemm_dx", "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward",
+    "unsupported",
 ]  # fmt: skip
 
 _DTYPES = (torch.bfloat16, torch.float16)

@@ -16,8 +16,9 @@ from mmpeft_fast.ops.norms import rms_norm_backward, rms_norm_forward
 from mmpeft_fast.ops.rotary import rotate, rotate_backward
 
 __all__ = [
-    "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm", "lowrank_gemm_dx",
-    "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward", "unsupported",
+    "adds_in_dx", "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm",
+    "lowrank_gemm_dx", "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward",
+    "unsupported",
 ]  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def prologue_backward(
     *,
     low_rank: Sequence[tuple[LowRank, Tensor]] = (),
     ddown_wanted: Sequence[bool] = (),
+    is_in_dh: bool = False,
     need_dx: tuple[bool, ...],
     need_dgain: bool = False,
     need_din_scale: bool = False,
@@ -111,6 +113,7 @@ def prologue_backward(
         x, rstd: as in `prologue`; x may be None where nothing needs it.
         low_rank: parts and their da [M, R].
         ddown_wanted: for each part whether its dD = da^T drop(h) [R, K] is wanted.
+        is_in_dh: the low-rank parts are in dh already (`lowrank_gemm_dx`).
         dresidual: [M, K], added to dx (one input only).
         dx_out: where dx goes, one [M, K] an input (columns of one buffer, say).
     """
@@ -121,11 +124,11 @@ def prologue_backward(
     ddowns: list[Tensor | None] = []
     for ((down, mask), da), wanted in zip(low_rank, ddown_wanted, strict=True):
         operands = [h] if wanted else []
-        if dh is not None and mask is not None:
+        if dh is not None and mask is not None and not is_in_dh:
             operands.append(_scaled_mm(da, down.to(dh.dtype), mask.inverse_keep))
         kept = list(_dropped(mask, *operands)) if operands else []
         ddowns.append(_scaled_mm(da.t(), kept[0], _inverse_keep(mask)).to(down.dtype) if wanted else None)
-        if dh is None:
+        if dh is None or is_in_dh:
             continue
         if mask is None:
             dh.addmm_(da, down.to(dh.dtype))
@@ -182,9 +185,27 @@ def lowrank_gemm(
     return y if residual is None else y.add_(residual)
 
 
-def lowrank_gemm_dx(dy: Tensor, weight: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """dy weight [M, K] of dy [M, N] and weight [N, K]; added to `into` in place where given."""
-    return dy @ weight if into is None else into.addmm_(dy, weight)
+def lowrank_gemm_dx(
+    dy: Tensor, weight: Tensor, *, into: Tensor | None = None, low_rank: tuple[LowRank, Tensor] | None = None
+) -> Tensor:
+    """dy weight [M, K] of dy [M, N] and weight [N, K]; added to `into` in place where given.
+
+    low_rank: a part and its da [M, R], whose mask * (da D) / keep is added; only where `adds_in_dx` says so.
+    """
+    dx = dy @ weight if into is None else into.addmm_(dy, weight)
+    if low_rank is not None:
+        (down, mask), da = low_rank
+        if mask is None:
+            dx.addmm_(da, down.to(dx.dtype))
+        else:
+            dx.add_(_dropped(mask, _scaled_mm(da, down.to(dx.dtype), mask.inverse_keep))[0])
+    return dx
+
+
+def adds_in_dx(dy: Tensor, num_in: int, low_rank: LowRank) -> bool:
+    """Whether `lowrank_gemm_dx` of dy [M, N] to [M, num_in] is to add a low-rank part; else `prologue_backward` does,
+    in a pass that it makes anyway."""
+    return False
 
 
 def dy_pass(

@@ -27,8 +27,9 @@ from mmpeft_fast.ops.dropout import keep_bits
 from mmpeft_fast.ops.kernel_set import HeadTransform, LowRank, Mask, PrologueGrads, PrologueSpec, Rotation, Term
 
 __all__ = [
-    "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm", "lowrank_gemm_dx",
-    "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward", "unsupported",
+    "adds_in_dx", "cross_entropy_", "dy_pass", "heads", "heads_backward", "keep_bits", "lowrank_gemm",
+    "lowrank_gemm_dx", "merge_prefix", "post_branch", "prefix_backward", "prologue", "prologue_backward",
+    "unsupported",
 ]  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def prologue(
     down, mask = (None, None) if low_rank is None else low_rank
     tile = None
     # Tables are of operands of one dtype; D in a wider one is another kernel, with a default of its own.
-    if down is None or down.element_size() <= x[0].element_size():
-        tile = _tile("prologue", x[0], m=x[0].shape[0], k=x[0].shape[1], r=0 if down is None else down.shape[0])
+    if down is not None and down.element_size() <= x[0].element_size():
+        tile = _tile("shrink", x[0], m=x[0].shape[0], k=x[0].shape[1], r=down.shape[0])
     h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,
         tile=tile,
@@ -86,6 +87,7 @@ def prologue_backward(
     *,
     low_rank: Sequence[tuple[LowRank, Tensor]] = (),
     ddown_wanted: Sequence[bool] = (),
+    is_in_dh: bool = False,
     need_dx: tuple[bool, ...],
     need_dgain: bool = False,
     need_din_scale: bool = False,
@@ -105,6 +107,8 @@ def prologue_backward(
         ddowns.append(ddown(da, *x, out_dtype=down.dtype, rstd=rstd, tile=tile, **options, **_mask_options(mask)))
     if dh is None:
         return PrologueGrads((None,) * len(x), None, None, ddowns)
+    if is_in_dh:
+        low_rank = ()
     for (down, mask), da in low_rank[1:]:
         dh = launch(dh, da=da, down=down, **_mask_options(mask)).dx
     product = {}
@@ -114,10 +118,12 @@ def prologue_backward(
     if not low_rank and spec.name == "none" and spec.in_scale is None and dresidual is None and dx_out is None:
         return PrologueGrads((dh if need_dx[0] else None,), None, None, ddowns)
     outs = {} if dx_out is None else dict(zip(("dx_out", "dup_out"), dx_out, strict=False))
+    tile = None
+    if product:
+        tile = _tile("prologue_backward", dh, m=dh.shape[0], k=dh.shape[1], r=product["da"].shape[1])
     grads = launch(
         dh, *x, **options, **product, **outs, rstd=rstd, dresidual=dresidual, need_dx=need_dx[0], need_dup=need_dx[-1],
-        need_dgain=need_dgain, need_din_scale=need_din_scale,
-        tile=_tile("prologue_backward", dh, m=dh.shape[0], k=dh.shape[1], r=product["da"].shape[1] if product else 0),
+        need_dgain=need_dgain, need_din_scale=need_din_scale, tile=tile,
     )  # fmt: skip
     return PrologueGrads((grads.dx, grads.dup)[: len(x)], grads.dgain, grads.din_scale, ddowns)
 
@@ -138,8 +144,8 @@ def _in_one_launch(terms: Sequence[Term], num_out: int) -> dict | None:
 
 def _gemm_tile(direction: str, x: Tensor, operands: Sequence[Tensor | None], segments, rank: int) -> gemm.GemmTile:
     """The measured tile where there is one, else the default that the operands can take."""
-    num_out = operands[1].shape[1]  # out
-    fields = dispatch.tile_fields(f"lowrank_gemm {direction}", x, m=x.shape[0], n=num_out, k=x.shape[1], r=rank)
+    name = "masked_dx" if rank and direction == "dx" else f"lowrank_gemm {direction}"
+    fields = dispatch.tile_fields(name, x, m=x.shape[0], n=operands[1].shape[1], k=x.shape[1], r=rank)
     arch = architecture(x.device)
     aligned = isinstance(arch, int) and arch >= 90 and all(t is None or gemm.can_use_tma(t) for t in (x, *operands))
     for tile in (
@@ -155,10 +161,15 @@ def _gemm_tile(direction: str, x: Tensor, operands: Sequence[Tensor | None], seg
 def _launch_gemm(direction: str, x, weight, out, *, bias=None, residual=None, **low_rank) -> Tensor:
     """Gluon's kernel where it was measured as the fastest and can take the operands, else the plain one."""
     segments, z = low_rank.get("segments"), low_rank.get("z")
-    rank = 0 if z is None else max(segment.rank for segment in segments)
+    rank = 0 if z is None else max(segment.rank for segment in segments) if segments else z.shape[1]
     tile = _gemm_tile(direction, x, (weight, out, residual), segments, rank)
     launch, transposed = gemm.lowrank_gemm, direction == "fwd"
-    if tile.use_tma and dispatch.gemm_realisation(x, out.shape[1], rank, direction=direction) == "gluon":
+    may_be_gluon = transposed or not rank  # which draws no mask
+    if (
+        may_be_gluon
+        and tile.use_tma
+        and dispatch.gemm_realisation(x, out.shape[1], rank, direction=direction) == "gluon"
+    ):
         from mmpeft_kernels import lowrank_gemm_gluon
 
         launch = lowrank_gemm_gluon.lowrank_gemm
@@ -192,12 +203,32 @@ def lowrank_gemm(
     return y
 
 
-def lowrank_gemm_dx(dy: Tensor, weight: Tensor, *, into: Tensor | None = None, launch=_launch_gemm) -> Tensor:
-    """As `kernels_torch.lowrank_gemm_dx`."""
-    if dispatch.gemm_realisation(dy, weight.shape[1], 0, direction="dx") in ("composite", "layout"):
-        return kernels_torch.lowrank_gemm_dx(dy, weight, into=into)
+def lowrank_gemm_dx(
+    dy: Tensor,
+    weight: Tensor,
+    *,
+    into: Tensor | None = None,
+    low_rank: tuple[LowRank, Tensor] | None = None,
+    launch=_launch_gemm,
+) -> Tensor:
+    """As `kernels_torch.lowrank_gemm_dx`: the low-rank part is the first phase of the GEMM, its mask drawn in the
+    accumulator. Without a mask the library's GEMMs do it where they are faster."""
+    is_masked = low_rank is not None and low_rank[0].mask is not None
+    way = dispatch.gemm_realisation(dy, weight.shape[1], 0, direction="dx")
+    if way in ("composite", "layout") and not is_masked:
+        return kernels_torch.lowrank_gemm_dx(dy, weight, into=into, low_rank=low_rank)
     out = dy.new_empty(dy.shape[0], weight.shape[1]) if into is None else into
-    return launch("dx", dy, weight, out, residual=into)
+    product = {}
+    if low_rank is not None:
+        (down, mask), da = low_rank
+        product = {"z": da, "u": down, **_mask_options(mask)}
+    return launch("dx", dy, weight, out, residual=into, **product)
+
+
+def adds_in_dx(dy: Tensor, num_in: int, low_rank: LowRank) -> bool:
+    """As `kernels_torch.adds_in_dx`: always without a mask, with one where the GEMM that draws it is fast
+    (`dispatch.draws_in_dx`)."""
+    return low_rank.mask is None or dispatch.draws_in_dx(dy, num_in, low_rank.down.shape[0])
 
 
 def dy_pass(

@@ -220,7 +220,9 @@ class _Backward:
         # Without dh only the masks' groups matter that have a trained D.
         self.groups = [group for group in groups if need.dh or any(self.wanted[i].down for i in group.members)]
         self.needs_da = {i for group in self.groups for i in group.members}
+        self.is_in_dh = False  # whether the low-rank parts of dh were added by the GEMM that made it
         self.da: list[Tensor | None] = [None] * len(self.inner)
+        self._das: dict[int, Tensor] = {}
         self.dup: list[Tensor | None] = [None] * len(self.inner)
         self._before_scale, self._before_post = iter(kept.before_scale), iter(kept.before_post)
         self._a_post = iter(kept.a_post)
@@ -302,8 +304,16 @@ class _Backward:
             dweights.append(dy.t() @ _pre_operand(h, seg, a) if wants.weight else None)
         return dweights
 
+    def _stacked_da(self, group: _Group) -> Tensor:
+        """da [M, sum of ranks] of a group."""
+        first = group.members[0]
+        if first not in self._das:
+            self._das[first] = stacking.columns([self.da[i] for i in group.members])
+        return self._das[first]
+
     def _gemms(self, dys: Sequence[Tensor]) -> Tensor | None:
-        """dh before its low-rank parts; also what pre branches need, which add to the GEMMs' input."""
+        """dh, its low-rank parts added where the kernel set says so; also what pre branches need, which add to the
+        GEMMs' input."""
         kernels, segments = self.kernels, self.call.segments
         if any(branch.spec.position == "pre" for branch in self.inner):
             doperands = [kernels.lowrank_gemm_dx(dy, seg.weight) for seg, dy in zip(segments, dys, strict=True)]
@@ -316,11 +326,15 @@ class _Backward:
             return None
         weight = stacking.as_rows([seg.weight for seg in segments])
         dy = None if weight is None else stacking.as_columns(dys)
-        if dy is not None:
-            return kernels.lowrank_gemm_dx(dy, weight)
-        dh = None
-        for seg, dy in zip(segments, dys, strict=True):
-            dh = kernels.lowrank_gemm_dx(dy, seg.weight, into=dh)
+        pairs = [(dy, weight)] if dy is not None else [(dy, seg.weight) for seg, dy in zip(segments, dys, strict=True)]
+        product = {}
+        if len(self.groups) == 1:
+            (group,) = self.groups
+            self.is_in_dh = kernels.adds_in_dx(pairs[0][0], pairs[0][1].shape[1], group.low_rank)
+            product = {"low_rank": (group.low_rank, self._stacked_da(group))} if self.is_in_dh else {}
+        dh = kernels.lowrank_gemm_dx(*pairs[0], **product)
+        for dy, weight in pairs[1:]:
+            dh = kernels.lowrank_gemm_dx(dy, weight, into=dh)
         return dh
 
     def _prologue(self, dh: Tensor | None, dcarry: Tensor | None) -> tuple[PrologueGrads, list[Tensor | None]]:
@@ -330,13 +344,14 @@ class _Backward:
             return PrologueGrads((dcarry, *(None,) * (len(x) - 1)), None, None, []), [None] * len(self.inner)
         low_rank, ddown_wanted = [], []
         for group in self.groups:
-            low_rank.append((group.low_rank, stacking.columns([self.da[i] for i in group.members])))
+            low_rank.append((group.low_rank, self._stacked_da(group)))
             ddown_wanted.append(any(self.wanted[i].down for i in group.members))
         beside = len(x) == 2 and all(need.x) and (self.joint_dx or stacking.as_columns(x) is not None)
         grads = self.kernels.prologue_backward(
             _prologue_spec(call), dh, x, self.kept.rstd, low_rank=low_rank, ddown_wanted=ddown_wanted,
             need_dx=need.x, need_dgain=need.gain, need_din_scale=need.in_scale,
             dresidual=dcarry if need.x[0] else None, dx_out=stacking.empty_columns(x) if beside else None,
+            **({"is_in_dh": True} if self.is_in_dh else {}),
         )  # fmt: skip
         ddowns: list[Tensor | None] = [None] * len(self.inner)
         for group, ddown in zip(self.groups, grads.ddowns, strict=True):

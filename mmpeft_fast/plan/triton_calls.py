@@ -17,7 +17,7 @@ from mmpeft_fast.ops import dispatch, kernels_torch
 from mmpeft_fast.plan.counting import FlopSum, Recorder
 from mmpeft_fast.plan.placeholders import Placeholders
 
-_NO_KERNELS = ("unsupported", "keep_bits")
+_NO_KERNELS = ("adds_in_dx", "unsupported", "keep_bits")
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:
@@ -56,6 +56,8 @@ def _first_dtype(args: tuple, kwargs: dict) -> torch.dtype:
 def dispatched_as(gpu_name: str) -> Iterator[None]:
     """Meta tensors inside are dispatched as tensors on the GPU of this name are: ways of the GEMM and of dy's pass,
     layouts, tiles. A GPU without a table is taken to run Triton's kernels."""
+    from mmpeft_kernels.tile import architecture, assumed_architecture
+
     gpu, table = torch.device("cuda"), dispatch.table_named(gpu_name)
 
     def there(decide: Callable) -> Callable:
@@ -72,13 +74,12 @@ def dispatched_as(gpu_name: str) -> Iterator[None]:
         "why_no_triton": lambda device: None,
         "wants_layout": lambda device, *shape: wants_layout(gpu, *shape),
         "_measured": dispatch._measured.__wrapped__,  # its cache is of the GPU that is there
+        "_architecture": lambda device: architecture(torch.device("meta")),
         "_say_unmeasured": lambda *what: None,  # nothing runs
     }
-    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation")}
+    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation", "draws_in_dx")}
     with ExitStack() as stack:
         if table is not None:
-            from mmpeft_kernels.tile import assumed_architecture
-
             stack.enter_context(assumed_architecture(table.architecture))
         for name, replacement in replaced.items():
             stack.callback(setattr, dispatch, name, getattr(dispatch, name))

@@ -34,7 +34,8 @@ def test_names_of_checks_are_unique_and_found():
 def test_checks_run_on_the_torch_provider(dtype):
     ragged = [case for case in kernel_cases() if int(re.search(r" (\d+)x", case.name)[1]) < 100]
     assert {case.name.rsplit(" ", 4)[0] for case in ragged} == {
-        "prologue", "prologue_backward", "ddown", "dy_pass", "lowrank_gemm fwd", "lowrank_gemm dx"
+        "prologue", "prologue_backward", "shrink", "ddown", "dy_pass", "lowrank_gemm fwd", "lowrank_gemm dx",
+        "masked_dx",
     }  # fmt: skip
     for case in ragged:
         (row,) = checks.run("kernel", case.name, dtype, "torch", "cpu")

@@ -61,7 +61,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path):
         "gemm",
     }
     assert {"triton", "torch", "cuda"} == {row["provider"] for row in found["checks"]}
-    assert {row["kernel"] for row in found["trials"]} == {"prologue_backward"} and found["tiles"]
+    assert {row["kernel"] for row in found["trials"]} == {"masked_dx"} and found["tiles"]
     assert {"step", "counts", "profile"} == {row["mode"] for row in found["steps"]}
     assert {row["implementation"] for row in found["tuned"]} == {"default"} and found["graphs"] and found["ops"]
     assert [row["not_run"] for row in found["peers"]]

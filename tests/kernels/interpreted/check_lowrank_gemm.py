@@ -5,6 +5,7 @@ import torch
 from mmpeft_kernels.lowrank_gemm import GemmTile, lowrank_gemm
 from mmpeft_kernels.segments import SegmentShape
 
+from mmpeft_fast.ops.dropout import dropout_ref
 from tests.closeness import assert_as_close_as_eager
 
 POINTERS = GemmTile(block_m=16, block_n=32, block_k=32)
@@ -89,6 +90,34 @@ def test_dx(dtype, tile, num_rows, depth, num_out, rank):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", [POINTERS, TMA], ids=["pointers", "tma"])
+@pytest.mark.parametrize("num_rows, depth, num_out, rank", [(1, 8, 40, 2), (33, 56, 72, 70)])
+@pytest.mark.parametrize("into", [False, True])
+def test_dx_with_dropout_of_the_low_rank_part(dtype, tile, num_rows, depth, num_out, rank, into):
+    torch.manual_seed(0)
+    seed = torch.tensor(0x0123_4567_89AB_CDEF)
+    shapes = {
+        "x": (num_rows, depth),
+        "weight": (depth, num_out),
+        "z": (num_rows, rank),
+        "residual": (num_rows, num_out),
+    }
+    tensors = {name: torch.randn(*shape).to(dtype) for name, shape in shapes.items()}
+    u = torch.randn(rank, num_out) / rank**0.5  # wider than z, as trained parameters are
+
+    def reference(x, weight, z, residual):
+        y = x @ weight + dropout_ref(z @ u.to(dtype).to(z.dtype), seed, 0.3, stream=2)
+        return y + residual if into else y
+
+    def call(x, weight, z, residual):
+        given = {"residual": residual, "out": residual} if into else {}
+        options = {"p": 0.3, "seed": seed, "stream": 2, **given}
+        return lowrank_gemm(x, weight, tile=tile, transposed=False, z=z, u=u, **options)
+
+    check(call, reference, dtype, **tensors)
+
+
 def test_wide_factor_strided_operands_and_given_output():
     x, weight, z = torch.randn(9, 40)[:, :33].half(), torch.randn(20, 40)[:, :33].half(), torch.randn(9, 6).half()
     u = torch.randn(20, 6)
@@ -136,6 +165,8 @@ def test_errors_and_no_rows():
     x, weight = torch.randn(4, 6), torch.randn(8, 6)
     with pytest.raises(ValueError, match=r"expected segments with 8 columns and rank 0 in all, got \(7, 0\)"):
         lowrank_gemm(x, weight, tile=POINTERS, segments=(SegmentShape(7, 0),))
+    with pytest.raises(ValueError, match="expected dropout with transposed=False alone"):
+        lowrank_gemm(x, weight, tile=POINTERS, p=0.1)
     with pytest.raises(ValueError, match=r"expected x 16-byte aligned .* got a row stride of 6 4-byte elements"):
         lowrank_gemm(x, weight, tile=TMA)
     segments = (SegmentShape(24, 0), SegmentShape(40, 0))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmpeft_kernels.prologue import PROLOGUES, prologue
+from mmpeft_kernels.prologue import MAX_WHOLE_ROW, PROLOGUES, prologue
 from mmpeft_kernels.tile import Tile
 
 from mmpeft_fast.ops.activations import ACTIVATIONS
@@ -53,6 +53,15 @@ def test_prologue(dtype, name, num_rows, width, rank, in_scale, activation, p):
     if name == "rms_norm":
         narrow, true = ((part.pow(2).mean(-1) + 1e-6).rsqrt() for part in (x[0].float(), x[0].double()))
         assert_as_close_as_eager(rstd, narrow, true, "rstd")
+
+
+def test_rows_wider_than_a_program_holds():
+    torch.manual_seed(0)
+    x, gain = torch.randn(3, MAX_WHOLE_ROW + 8).half(), torch.randn(MAX_WHOLE_ROW + 8)
+    h, rstd, _, _ = prologue(x, name="rms_norm", gain=gain)
+    eager, true = (prologue_ref("rms_norm", (part,), gain.to(part.dtype), 1e-6, None) for part in (x, x.double()))
+    assert_as_close_as_eager(h, eager, true)
+    assert_as_close_as_eager(rstd, *((part.pow(2).mean(-1) + 1e-6).rsqrt() for part in (x.float(), x.double())))
 
 
 def test_what_is_not_asked_for_is_not_computed():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmpeft_kernels.prologue import PROLOGUES
+from mmpeft_kernels.prologue import MAX_WHOLE_ROW, PROLOGUES
 from mmpeft_kernels.prologue_backward import prologue_backward
 from mmpeft_kernels.tile import Tile
 
@@ -62,6 +62,24 @@ def test_gradients(dtype, name, num_rows, width, rank, everything, p):
     for key, true in truth.items():
         assert got[key].dtype == dtype
         assert_as_close_as_eager(got[key], eager[key], true, key)
+
+
+@pytest.mark.parametrize("width", [130, MAX_WHOLE_ROW + 8])
+def test_rms_norm_of_whole_rows_and_of_wider_ones(width):
+    """With everything but a low-rank part, in more rows than one program sums over."""
+    torch.manual_seed(0)
+    x, dh, dresidual = (torch.randn(20, width).half() for _ in range(3))
+    gain, in_scale = torch.randn(width).half(), torch.randn(width).half()
+    tensors = (gain, in_scale, None, dh, None, dresidual)
+    eager = gradients("rms_norm", (x,), *tensors, 0.0)
+    truth = gradients("rms_norm", (x.double(),), *(None if t is None else t.double() for t in tensors), 0.0)
+    rstd = (x.float().pow(2).mean(-1) + EPS).rsqrt()
+    got = prologue_backward(
+        dh.clone(), x, name="rms_norm", gain=gain, rstd=rstd, in_scale=in_scale, dresidual=dresidual, need_dgain=True,
+        need_din_scale=True, tile=Tile(block_m=16, block_n=1024),
+    )  # fmt: skip
+    for key, grad in {"x0": got.dx, "gain": got.dgain, "in_scale": got.din_scale}.items():
+        assert_as_close_as_eager(grad, eager[key], truth[key], key)
 
 
 def test_only_what_is_asked_for():
