@@ -194,7 +194,7 @@ def fuse(
             has prepared. Any device, `meta` and fake tensors too.
         keep_logits: training forward passes return full logits.
         strict: what cannot be fused is an error, and the model is then unchanged.
-        cuda_graphs: training passes of decoder layers are recorded as CUDA graphs in the second step of a shape and
+        cuda_graphs: training passes of decoder layers are recorded as CUDA graphs in the third step of a shape and
             replayed from then on (`layers.graphs`), where nothing forbids it: `fuse_report` says what did. The same
             bits for less of the host's time. A gradient that is kept beyond `zero_grad` has to be cloned.
         verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or

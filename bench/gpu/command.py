@@ -200,11 +200,12 @@ def _steps(program: Program) -> str:
     rates = {name: rates[name] for name in ("copy_gb_s", "gemm_tflops") if name in rates}
     profiled = [
         {"setting": name, "implementation": each, "profile": rates}
+        for each in ("graphs", *_STOCK[:2])
         for name in (scope.short if program.profile and rates else ())
-        for each in implementations[1:4]
     ]
-    # The first model tells whether it is right and fast; the profiles say why; the rest is for comparison.
-    ordered = whole[: len(implementations)] + profiled + whole[len(implementations) :]
+    # The first model tells whether it is right and fast; the profile says why; the rest is for comparison.
+    first = len(implementations)
+    ordered = whole[:first] + profiled[:1] + whole[first:] + profiled[1:]
     if scope.few:
         ordered = whole[:2] + profiled[:1]
     return _run_steps(program, "steps", ordered)

@@ -170,7 +170,7 @@ def time_tiles(kernel: str, problem: list, tiles: list, dtype: str, device: str)
         functions["torch"] = lambda: dx_in_two_passes(kernels_of("triton"), p=shape.p, **operands)
     elif "gemm" in kernel or kernel == "dy_pass":
         functions["torch"] = lambda: case.run(kernels_torch, **operands)
-    if device == "cuda" and why_not_installed("cuda") is None:
+    if kernel != "masked_dx" and device == "cuda" and why_not_installed("cuda") is None:
         functions["cuda"] = lambda: case.run(kernels_of("cuda"), **operands)
     if kernel.endswith(" fwd"):
         x, weight = wide(list(shape.linear.num_outs), operands)

@@ -7,6 +7,8 @@ from mmpeft_kernels.launch import launch
 from mmpeft_kernels.tile import Tile, cdiv
 
 DEFAULT_TILE = Tile(block_m=16, block_n=64)
+# Of so many columns there are programs enough without rows side by side, and rows are read in wide pieces.
+_WIDE_TILE, _MANY_COLUMNS = Tile(block_m=2, block_n=512), 1 << 17
 
 
 @triton.jit
@@ -27,10 +29,11 @@ def _sum_kernel(partial_ptr, out_ptr, S, N, scaling, BLOCK_S: tl.constexpr, BLOC
     sum_block(partial_ptr, out_ptr, tl.program_id(0), S, N, scaling, BLOCK_S, BLOCK_N)
 
 
-def sum_partials(partial, out_dtype, *, scaling: float = 1.0, tile: Tile = DEFAULT_TILE):
+def sum_partials(partial, out_dtype, *, scaling: float = 1.0, tile: Tile | None = None):
     """`scaling` times the sum of contiguous float32 partials [S, ...] over S, as [...] in `out_dtype`."""
     out = partial.new_empty(partial.shape[1:], dtype=out_dtype)
     if out.numel():
+        tile = tile or (_WIDE_TILE if out.numel() >= _MANY_COLUMNS else DEFAULT_TILE)
         launch(
             _sum_kernel, (cdiv(out.numel(), tile.block_n),), out.device,
             partial, out, partial.shape[0], out.numel(), scaling,

@@ -16,18 +16,22 @@ from mmpeft_kernels.tile import Tile, architecture, cdiv, padded_rank
 
 # Ranks of one accumulator; beyond them h is read, and its mask drawn, once more for each block.
 MAX_BLOCK_R = 256
-# Programs of a multiprocessor that hide each other's latency, and steps below which a split saves nothing.
-_PROGRAMS, _LEAST_STEPS = 2, 4
+# Steps below which a split saves nothing.
+_LEAST_STEPS = 4
 _FINISH = Tile(block_m=16, block_n=64)
 
 
 def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
-    """block_n: depth of a step. Of 64 rows the product is a warpgroup's on Hopper."""
+    """block_n: depth of a step. Every block of rows reads D again, so Hopper's are high where D has many ranks; there
+    the product is a warpgroup's."""
     if itemsize > 2:
         return Tile(block_m=16, block_n=32, num_warps=8, num_stages=2)
-    num_warps = 8 if padded_rank(rank, MAX_BLOCK_R) > 128 else 4
+    block_r = padded_rank(rank, MAX_BLOCK_R)
+    num_warps = 8 if block_r > 128 else 4
     if isinstance(arch, str):  # 64 KiB of shared memory
         return Tile(block_m=32, block_n=64, num_warps=num_warps, num_stages=2)
+    if arch >= 90 and block_r >= 128:
+        return Tile(block_m=128, block_n=64, num_warps=8, num_stages=3)
     return Tile(block_m=64, block_n=64, num_warps=num_warps, num_stages=3)
 
 
@@ -93,7 +97,7 @@ def _shrink_finish_kernel(
 def num_splits(num_programs: int, depth: int, block_k: int, multiprocessors: int) -> int:
     """Into how many parts the depth is cut, so that `num_programs` of them fill the GPU."""
     most = max(1, depth // (_LEAST_STEPS * block_k))
-    return min(most, max(1, _PROGRAMS * multiprocessors // num_programs))
+    return min(most, max(1, multiprocessors // num_programs))
 
 
 def shrink(

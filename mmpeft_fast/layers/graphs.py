@@ -1,6 +1,6 @@
 """Decoder layers as CUDA graphs: the kernels of a layer's forward and backward, launched by one call each.
 
-A step of a shape that was seen before is recorded layer by layer as it runs, every forward in the order of the layers
+The third step of a shape is recorded layer by layer as it runs, every forward in the order of the layers
 and every backward in the opposite order, into one pool of memory; later steps of that shape replay it. Recorded in the
 order of a step, a layer's kept tensors and temporaries take the same places in the pool that they would take eagerly.
 So a replay is right only in that order too, with nothing of another shape in between; whatever comes otherwise runs
@@ -189,7 +189,7 @@ class _Slot:
     def __init__(self, given: Tensor, *, borrowed: bool = False):
         self.static = (given if borrowed else given.clone()).detach().requires_grad_(given.requires_grad)
         self.is_borrowed = borrowed
-        self._source, self._version = given, given._version
+        self._remember(given)
 
     def holds(self, given: Tensor) -> bool:
         if self.is_borrowed:
@@ -199,7 +199,11 @@ class _Slot:
     def bring(self, given: Tensor) -> None:
         # `.data` has a version counter of its own: a recorded forward's kept tensors stay valid to autograd.
         self.static.data.copy_(given)
-        self._source, self._version = given, given._version
+        self._remember(given)
+
+    def _remember(self, given: Tensor) -> None:
+        # Not what belongs to an autograd graph, which would live as long.
+        self._source, self._version = (None, -1) if given.requires_grad else (given, given._version)
 
 
 class _Chain:
@@ -210,20 +214,26 @@ class _Chain:
         self.graphs: weakref.WeakKeyDictionary[nn.Module, _Graph] = weakref.WeakKeyDictionary()
         self.slots: dict[str, list[_Slot]] = {name: [] for name in _SHARED}
         self.addresses: set[int] = set()  # of tensors that recordings write and the next ones read
-        self.num_backwards = 0
+        self.num_backwards, self.may_record_backwards = 0, True
         self._first: int | None = None  # the place of the layer that a step begins with
         self._rounds = 0
         self.is_recording = False
 
     def takes(self, place: int) -> bool:
-        """Whether the layer at `place` is to be recorded now: in the second step, if its turn has not passed."""
+        """Whether the layer at `place` is to be recorded now: in the third step, if its turn has not passed."""
         if self._first is None or place < self._first:
             self._first, self._rounds, self.is_recording = place, 0, False
             self.clear()
         if place == self._first:
             self._rounds += 1
-            self.is_recording = self._rounds == 2
+            self.is_recording = self._rounds == 3
         return self.is_recording
+
+    @property
+    def plans(self) -> bool:
+        """Whether this is the step before the recorded one: in a first call libraries make plans for a shape, and
+        allocate, which no recording can hold."""
+        return self._rounds == 2
 
     def clear(self) -> None:
         if self.graphs:
@@ -232,12 +242,12 @@ class _Chain:
         self.addresses.clear()
         for slots in self.slots.values():
             slots.clear()
-        self.num_backwards = 0
+        self.num_backwards, self.may_record_backwards = 0, True
 
     def restart(self) -> None:
         """Forgets the recordings; the next step of this shape records anew."""
         self.clear()
-        self._rounds, self.is_recording = 1, False
+        self._rounds, self.is_recording = 2, False
 
     def slot(self, name: str, given: Tensor) -> _Slot:
         """The shared slot that holds this tensor, a new one where none does."""
@@ -354,17 +364,23 @@ class _Graph:
     def _record_backward(self, dy: Tensor) -> bool:
         chain = self._chain
         chain.is_recording = False
+        if not chain.may_record_backwards:
+            return False
         # The memory of a backward that was recorded is given to later recordings: none may belong to a layer before.
         if self.index != len(chain.graphs) - 1 - chain.num_backwards:
             return False
         self._dy = _Slot(dy, borrowed=dy.data_ptr() in chain.addresses)
         try:
             with _as_recorded():
+                # Kept until the recording has succeeded: else the caller differentiates without one.
                 self._backward = self._recorder.record(
-                    lambda: torch.autograd.grad(self._y, self._wanted, self._dy.static, allow_unused=True)
+                    lambda: torch.autograd.grad(
+                        self._y, self._wanted, self._dy.static, retain_graph=True, allow_unused=True
+                    )
                 )
         except RuntimeError as error:
-            _say(f"the backward of a layer is not recorded: {_first_line(error)}")
+            chain.may_record_backwards = False
+            _say(f"backwards are not recorded: {_first_line(error)}")
             return False
         chain.num_backwards += 1
         self._y = None
@@ -468,7 +484,10 @@ class LayerGraphs:
             return None
         if graph is None:
             if not chain.takes(place):
-                return None
+                if not chain.plans:
+                    return None
+                with repeated_shapes():
+                    return compute(sites, inputs)
             if not self._is_next(chain, len(chain.graphs)):
                 chain.restart()
                 return None

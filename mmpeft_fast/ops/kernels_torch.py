@@ -29,7 +29,7 @@ def unsupported(x: Tensor) -> str | None:
 
 def _scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """alpha * a b, scaled in the GEMM's accumulator: one rounding and no pass of its own."""
-    return a @ b if alpha == 1.0 else torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=alpha)
+    return a @ b if alpha == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=alpha)
 
 
 def _dropped(mask: Mask | None, *xs: Tensor) -> Sequence[Tensor]:

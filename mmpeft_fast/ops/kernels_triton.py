@@ -69,8 +69,9 @@ def prologue(
     """As `kernels_torch.prologue`; a known rstd is computed again with the rest of the row."""
     down, mask = (None, None) if low_rank is None else low_rank
     tile = None
-    # Tables are of operands of one dtype; D in a wider one is another kernel, with a default of its own.
-    if down is not None and down.element_size() <= x[0].element_size():
+    if down is not None:
+        # Every block of rows reads D again: a float32 one is cast once, not by each.
+        down = down.to(x[0].dtype)
         tile = _tile("shrink", x[0], m=x[0].shape[0], k=x[0].shape[1], r=down.shape[0])
     h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,

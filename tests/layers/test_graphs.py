@@ -131,7 +131,7 @@ def test_the_same_bits_step_after_step(stand_in, method, family):
     assert_same_steps(eager, graphed, batches)
     assert recorded(graphed) == LAYERS - 1
     # Three steps of forward and backward; below the first trained parameter nothing is differentiated.
-    assert 5 * (LAYERS - 1) < stand_in.num_replayed <= 8 * (LAYERS - 1)
+    assert 4 * (LAYERS - 1) < stand_in.num_replayed <= 6 * (LAYERS - 1)
     assert f"CUDA graphs: {LAYERS - 1} layers recorded at 1 shapes" in str(fuse_report(graphed))
 
 
@@ -176,7 +176,7 @@ def test_gradients_accumulate(stand_in):
         assert_same_grads(eager, graphed)
 
 
-def _warm(*models, steps=3) -> None:
+def _warm(*models, steps=4) -> None:
     for number in range(steps):
         for model in models:
             step(model, tiny_batch("llama", seed=number), seed=number)
@@ -305,7 +305,7 @@ def test_what_looks_at_a_layer_sees_tensors_of_its_own(stand_in):
 
 def test_autocast(stand_in):
     eager, graphed = pair(prepared())
-    for number in range(4):
+    for number in range(6):
         for model in (eager, graphed):
             with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
                 step(model, tiny_batch("llama"), seed=number)

@@ -35,7 +35,7 @@ def test_shrink(monkeypatch, dtype, num_rows, depth, rank, splits, p):
 
 
 def test_splits_fill_the_gpu_and_leave_work_to_each():
-    assert num_splits(44, 4096, 64, 132) == 6
+    assert num_splits(22, 4096, 64, 132) == 6
     assert num_splits(1000, 4096, 64, 132) == 1
     assert num_splits(1, 256, 64, 132) == 1 and num_splits(1, 8192, 64, 132) == 32
 
