@@ -144,6 +144,6 @@ def shrink(
 
     arch, itemsize = architecture(h.device), h.element_size()
     wide = down.element_size() > itemsize
-    footprint = Footprint("prologue", arch, itemsize, block_r, wide=wide)
+    footprint = Footprint("shrink", arch, itemsize, block_r, wide=wide)
     fitted(footprint, tile or default_tile(rank, itemsize, arch), h.device, attempt)
     return a, (a if z is None else z)
