@@ -25,8 +25,8 @@ COMPILED = (
     "sm_90 bfloat16 cross_entropy",
     "gfx942 bfloat16 lowrank_gemm forward pointers r16 x3",
     "sm_90 bfloat16 lowrank_gemm gluon forward r8 x3",
-    "sm_90 bfloat16 lowrank_gemm dx tma r128 dropout",
-    "sm_90 bfloat16 prologue rms_norm r384 _shrink_kernel",
+    "sm_90 bfloat16 lowrank_gemm dx tma r64 dropout",
+    "sm_90 bfloat16 prologue rms_norm r192 _shrink_kernel",
 )
 # Beside them, as many as this of the launches whose shared memory comes nearest to their device's limit.
 NEAREST = 6
