@@ -25,6 +25,8 @@ _NOISE = 0.01
 _KERNEL_GAIN = 0.05
 # The slowest row of a provider that is chosen because it is faster on the whole.
 _WORST_ROW = 1.05
+# Kernels that have tiles; rows of others, which earlier versions had, decide nothing.
+_TILED = {"shrink", "masked_dx", "dy_pass", "ddown"}
 # Kinds of checks that have to speak for <provider>:<op>; for gemm:<way> its own kind.
 _KINDS_OF_PROOF = {"op", "model"}
 PROVIDERS = ("triton", "cuda")
@@ -100,7 +102,7 @@ def _by_bucket(rows: Sequence[dict]) -> dict[tuple[str, str], _Sizes]:
     """
     rounds: dict[tuple, list[dict]] = defaultdict(list)
     for row in of_section(rows, "tiles"):
-        if "p20_ms" in row:
+        if "p20_ms" in row and row["kernel"] in {*_TILED, *_GEMMS}:
             rounds[row["kernel"], row["dtype"], tuple(row["sizes"].items()), row.get("call")].append(row)
     sizes: dict[tuple, dict[str, float]] = defaultdict(dict)
     for (kernel, dtype, size, _), measured in rounds.items():

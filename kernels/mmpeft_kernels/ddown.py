@@ -1,6 +1,6 @@
 """dD = da^T drop(h) [R, K] for all branches that share h and its mask; h is given, or recomputed from the prologue's x.
 
-Split over chunks of rows where columns and ranks alone are too few programs; partial sums are added in a fixed order.
+Split over chunks of rows, whose partial sums are added in a fixed order.
 """
 
 import triton
@@ -33,7 +33,7 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
 @triton.jit(do_not_specialize=["stream", "threshold"])
 def _ddown_kernel(
     da_ptr, x_ptr, up_ptr, gain_ptr, rstd_ptr, in_scale_ptr, seed_ptr, out_ptr,
-    M, K, R, rows_per_chunk, stride_dam, stride_xm, stride_upm, inverse_keep, stream, threshold,
+    M, K, R, rows_per_chunk, stride_dam, stride_xm, stride_upm, stream, threshold,
     PROLOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_chunk, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -58,7 +58,6 @@ def _ddown_kernel(
         da = tl.load(da_ptr + offs_m[:, None] * stride_dam + offs_r[None, :], mask=mask, other=0.0)
         acc = tl.dot(da.T, h, acc, input_precision="ieee")
     out = out_ptr + (pid_chunk.to(tl.int64) * R + offs_r)[:, None] * K + offs_k[None, :]
-    acc = (acc * inverse_keep).to(out_ptr.dtype.element_ty)
     tl.store(out, acc, mask=mask_r[:, None] & (offs_k < K)[None, :])
 
 
@@ -77,15 +76,13 @@ def ddown(
     def attempt(tile: Tile):
         num_blocks_k, num_blocks_r = cdiv(width, tile.block_n), cdiv(rank, block_r)
         chunk = rows_per_chunk(num_rows, tile.block_m, num_blocks_k * num_blocks_r, num_multiprocessors(x.device))
-        num_chunks = cdiv(num_rows, chunk)
-        dtype = out_dtype if num_chunks == 1 else torch.float32
-        partial = x.new_empty(num_chunks, rank, width, dtype=dtype)
+        partial = x.new_empty(cdiv(num_rows, chunk), rank, width, dtype=torch.float32)
         if num_rows:
             launch(
                 _ddown_kernel, (num_blocks_k, partial.shape[0], num_blocks_r), x.device,
                 da, x, up, gain, rstd, in_scale, seed if p > 0.0 else None, partial,
                 num_rows, width, rank, chunk, da.stride(0), x.stride(0), 0 if up is None else up.stride(0),
-                inverse_keep_of(p), stream, threshold_of(p),
+                stream, threshold_of(p),
                 PROLOGUE=name, BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r, **tile.options,
             )  # fmt: skip
         return partial
@@ -93,4 +90,4 @@ def ddown(
     arch, itemsize = architecture(x.device), x.element_size()
     footprint = Footprint("ddown", arch, itemsize, block_r, name)
     partial = fitted(footprint, tile or default_tile(rank, itemsize, arch), x.device, attempt)
-    return partial[0] if partial.shape[0] == 1 else sum_partials(partial, out_dtype)
+    return sum_partials(partial, out_dtype, scaling=inverse_keep_of(p))

@@ -207,9 +207,10 @@ def _tuned_cases(arch: int | str, dtype, folder: Path) -> Iterator[tuple[str, Ca
                     continue
                 rank = {size[0]: int(size[1:]) for size in sizes}["r"]
                 case = f"{kernel} r{rank} tile {' '.join(str(value) for value in fields.values())}"
-                if kernel.startswith("lowrank_gemm"):
+                if kernel.startswith("lowrank_gemm") or kernel == "masked_dx":
                     tile = GemmTile(**fields)
-                    for part, launcher in _gemm_launchers(lowrank_gemm, arch, dtype, tile):
+                    launchers = _gemm_launchers(lowrank_gemm, arch, dtype, tile)
+                    for part, launcher in [("", lowrank_gemm)] if kernel == "masked_dx" else launchers:
                         yield f"{case}{part}", _tuned_gemm(kernel, launcher, rank, dtype, tile)
                 else:
                     yield from _tuned_rows(kernel, case, rank, dtype, Tile(**fields))
@@ -225,6 +226,12 @@ def _gemm_launchers(plain: Callable, arch: int | str, dtype, tile) -> Iterator[t
 
 
 def _tuned_gemm(kernel: str, launcher: Callable, rank: int, dtype, tile) -> Callable:
+    if kernel == "masked_dx":
+        import torch
+
+        branch = {"z": _empty(ROWS, rank, dtype=dtype), "u": _empty(rank, HIDDEN, dtype=torch.float32)}
+        mask = {"p": 0.05, "seed": _empty(dtype=torch.int64)}
+        return lambda: _gemm_dx(launcher, HIDDEN, INTERMEDIATE, dtype, tile=tile, **branch, **mask)
     if kernel.endswith("dx"):
         return lambda: _gemm_dx(launcher, HIDDEN, INTERMEDIATE, dtype, tile=tile)
     return lambda: _gemm(launcher, HIDDEN, HIDDEN, 1, rank, dtype, dtype, tile=tile)
@@ -234,9 +241,11 @@ def _tuned_rows(kernel: str, case: str, rank: int, dtype, tile) -> Iterator[tupl
     if kernel == "dy_pass":
         yield case, lambda: _dy_pass(HIDDEN, 1, rank, dtype, dtype, tile=tile)
         return
+    if kernel == "shrink":
+        yield case, lambda: _Linear("none", HIDDEN, 1, rank, dtype, dtype, dropout=True).forward(tile=tile)
+        return
     for prologue in ("rms_norm", "swiglu"):  # which need what "none" needs, and more
-        call = _Linear(prologue, HIDDEN, 1, rank, dtype, dtype, dropout=True)
-        run = {"prologue": call.forward, "prologue_backward": call.backward, "ddown": call.ddown}[kernel]
+        run = _Linear(prologue, HIDDEN, 1, rank, dtype, dtype, dropout=True).ddown
         yield f"{case} {prologue}", lambda run=run: run(tile=tile)
 
 

@@ -1,7 +1,7 @@
 """Segments of a stacked weight (q,k,v; gate,up) as a table of column tiles that a program reads its own bounds from."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from mmpeft_kernels.tile import cdiv
@@ -14,7 +14,7 @@ class SegmentShape(NamedTuple):
     rank: int
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a recorded CUDA graph reads it where it lies
 def column_tiles(segments: tuple[SegmentShape, ...], block_n: int, device):
     """int32 [num_tiles, 4]: first column, end of its segment, first rank, end of rank. No tile crosses a segment."""
     import torch
@@ -27,7 +27,7 @@ def column_tiles(segments: tuple[SegmentShape, ...], block_n: int, device):
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).to(device)
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a recorded CUDA graph reads it where it lies
 def segment_tiles(segments: tuple[SegmentShape, ...], block_n: int, device):
     """int32 [num_segments, 4]: first and end of a segment's column tiles, first rank, end of rank."""
     import torch

@@ -93,13 +93,10 @@ def _adapter(f: Footprint, values: int, copies: int) -> int:
     return 4 * copies * values + f.itemsize * values if f.wide else f.itemsize * copies * values
 
 
-def _prologue(f: Footprint, tile: Tile) -> int:
+def _shrink(f: Footprint, tile: Tile) -> int:
     h, copies = tile.block_m * tile.block_n, _copies(f, tile, tile.block_m)
-    if not f.block_r:
-        return _scratch(h)
     down = _adapter(f, f.block_r * tile.block_n, copies)
-    inputs, gain = (2 if f.prologue == "swiglu" else 1), (tile.block_n if f.prologue == "rms_norm" else 0)
-    loop = down + f.itemsize * (copies * (inputs * h + gain) + h)
+    loop = down + f.itemsize * (copies * h + h)
     return max(loop, _scratch(tile.block_m * f.block_r)) + _BARRIERS
 
 
@@ -171,7 +168,7 @@ def _gemm(f: Footprint, tile: Tile) -> int:
 
 
 FORMULAS: dict[str, Callable[[Footprint, Tile], int]] = {
-    "prologue": _prologue,
+    "shrink": _shrink,
     "prologue_backward": _prologue_backward,
     "ddown": _ddown,
     "dy_pass": _dy_pass,

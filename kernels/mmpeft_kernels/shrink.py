@@ -69,7 +69,7 @@ def _shrink_kernel(
         down = tl.load(
             down_ptr + offs_r[:, None] * stride_dr + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0
         )
-        acc = tl.dot(h, down.to(h.dtype).T, acc, input_precision="ieee")
+        acc = tl.dot(h, down.T, acc, input_precision="ieee")
     acc *= inverse_keep
     mask = mask_m[:, None] & mask_r[None, :]
     if partial_ptr is not None:
@@ -113,7 +113,8 @@ def shrink(
     import torch
 
     num_rows, depth = h.shape
-    rank = down.shape[0]
+    # Every block of rows reads D again: a wider one is cast once, not by each.
+    down, rank = down.to(h.dtype), down.shape[0]
     a = h.new_empty(num_rows, rank) if a_out is None else a_out
     z = z_out
     if z is None and (activation != "identity" or z_scaling != 1.0):
@@ -143,7 +144,6 @@ def shrink(
             )  # fmt: skip
 
     arch, itemsize = architecture(h.device), h.element_size()
-    wide = down.element_size() > itemsize
-    footprint = Footprint("prologue", arch, itemsize, block_r, wide=wide)
+    footprint = Footprint("shrink", arch, itemsize, block_r)
     fitted(footprint, tile or default_tile(rank, itemsize, arch), h.device, attempt)
     return a, (a if z is None else z)

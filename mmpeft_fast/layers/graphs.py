@@ -35,6 +35,8 @@ _logger = logging.getLogger(__name__)
 _MOST_SHAPES = 8
 # Shapes that are remembered as seen once.
 _MOST_SEEN = 256
+# After so many recordings that did not fit any more, a shape is not recorded again.
+_MOST_RESTARTS = 4
 
 
 class Inputs(NamedTuple):
@@ -209,15 +211,20 @@ class _Slot:
 class _Chain:
     """The recordings of one shape, in the order in which a step runs them."""
 
-    def __init__(self, release: Callable[[], None]):
+    def __init__(self, device: torch.device, release: Callable[[], None]):
+        self.device = device
         self._release = release  # waits until no graph runs: one that does cannot be taken away
         self.graphs: weakref.WeakKeyDictionary[nn.Module, _Graph] = weakref.WeakKeyDictionary()
         self.slots: dict[str, list[_Slot]] = {name: [] for name in _SHARED}
         self.addresses: set[int] = set()  # of tensors that recordings write and the next ones read
         self.num_backwards, self.may_record_backwards = 0, True
         self._first: int | None = None  # the place of the layer that a step begins with
-        self._rounds = 0
+        self._rounds = self._restarts = 0
         self.is_recording = False
+
+    @property
+    def is_given_up(self) -> bool:
+        return self._restarts > _MOST_RESTARTS
 
     def takes(self, place: int) -> bool:
         """Whether the layer at `place` is to be recorded now: in the third step, if its turn has not passed."""
@@ -244,10 +251,11 @@ class _Chain:
             slots.clear()
         self.num_backwards, self.may_record_backwards = 0, True
 
-    def restart(self) -> None:
+    def restart(self, *, for_room: bool = False) -> None:
         """Forgets the recordings; the next step of this shape records anew."""
         self.clear()
         self._rounds, self.is_recording = 2, False
+        self._restarts += not for_room
 
     def slot(self, name: str, given: Tensor) -> _Slot:
         """The shared slot that holds this tensor, a new one where none does."""
@@ -273,7 +281,7 @@ class _Pass:
                 "else already; expected one backward, the last layer first (fuse(model, cuda_graphs=False) allows it)"
             )
         for other in self._graphs.open_passes():
-            if other.graph.index > self.graph.index:
+            if other.graph.chain is self.graph.chain and other.graph.index > self.graph.index:
                 other.is_overwritten = True
         self.is_done = True
         return self.graph.backward(dy)
@@ -295,7 +303,7 @@ class _Graph:
     """A layer's recordings for inputs of one kind."""
 
     def __init__(self, chain: _Chain, recorder: Recorder, read: _Read, inputs: Inputs, compute: Callable):
-        self.index, self._chain, self._recorder = len(chain.graphs), chain, recorder
+        self.index, self.chain, self._recorder = len(chain.graphs), chain, recorder
         self._read, self._addresses, self._kinds = read, read.addresses(), _kinds(inputs)
         self._slots = [
             None if given is None
@@ -331,7 +339,7 @@ class _Graph:
         """Brings the inputs to where the recording reads them; False where something else needs that place."""
         pairs = [pair for pair in zip(self._slots, inputs, strict=True) if pair[0] is not None]
         pairs = [(slot, given) for slot, given in pairs if not slot.holds(given)]
-        shared = [slot for slots in self._chain.slots.values() for slot in slots]
+        shared = [slot for slots in self.chain.slots.values() for slot in slots]
         for slot, _ in pairs:
             if slot.is_borrowed or (slot in shared and any(map(is_open, self._users(slot)))):
                 return False
@@ -340,7 +348,7 @@ class _Graph:
         return True
 
     def _users(self, slot: _Slot) -> list["_Graph"]:
-        return [graph for graph in self._chain.graphs.values() if slot in graph._slots]
+        return [graph for graph in self.chain.graphs.values() if slot in graph._slots]
 
     def forward(self) -> Tensor:
         self._forward.replay()
@@ -362,7 +370,7 @@ class _Graph:
         return [None if grad is None else grad.detach() for grad in grads]
 
     def _record_backward(self, dy: Tensor) -> bool:
-        chain = self._chain
+        chain = self.chain
         chain.is_recording = False
         if not chain.may_record_backwards:
             return False
@@ -437,7 +445,7 @@ class LayerGraphs:
         self.reasons: dict[str, None] = {}  # why something ran eagerly that trained, in the order of their first time
         self._chains: OrderedDict[tuple, _Chain] = OrderedDict()
         self._reads: weakref.WeakKeyDictionary[nn.Module, _Read] = weakref.WeakKeyDictionary()
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder | None] = {}
         self._open: list[weakref.ref[_Pass]] = []
         self._broken: str | None = None
 
@@ -478,6 +486,9 @@ class LayerGraphs:
             self.reasons[reason] = None
             return None
         chain, read = self._chain_of(inputs), self._read_of(layer, sites, settings)
+        if chain.is_given_up:
+            self.reasons["its tensors move from step to step"] = None
+            return None
         graph = chain.graphs.get(layer)
         if graph is not None and not graph.fits(read, inputs):
             chain.restart()
@@ -512,10 +523,11 @@ class LayerGraphs:
     def _why_eager(self, layer: nn.Module, sites: LayerSites, inputs: Inputs) -> str | None:
         if self._broken is not None:
             return self._broken
-        if self._recorder is None:
-            self._recorder = recorder_for(inputs.x.device)
-        if self._recorder is None:
-            return f"tensors are on {inputs.x.device.type}"
+        device = inputs.x.device
+        if device not in self._recorders:
+            self._recorders[device] = recorder_for(device)
+        if self._recorders[device] is None:
+            return f"tensors are on {device.type}"
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
             return "something watches every operator"
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -532,7 +544,8 @@ class LayerGraphs:
         key = (inputs.x.device, shapes, autocast_dtype(inputs.x), forced_provider(), settings)
         chain = self._chains.get(key)
         if chain is None:
-            chain = self._chains[key] = _Chain(self._synchronize)
+            recorder = self._recorders[inputs.x.device]
+            chain = self._chains[key] = _Chain(inputs.x.device, recorder.synchronize)
         self._chains.move_to_end(key)
         if len(self._chains) > _MOST_SEEN:
             self._chains.popitem(last=False)[1].clear()
@@ -542,7 +555,7 @@ class LayerGraphs:
         """Drops the graphs of the shape that was used the longest time ago where there are too many."""
         held = [chain for chain in self._chains.values() if chain.graphs and chain is not wanted]
         for chain in held[: max(0, len(held) + 1 - self.most_shapes)]:
-            chain.restart()
+            chain.restart(for_room=True)
 
     def _read_of(self, layer: nn.Module, sites: LayerSites, settings: tuple) -> _Read:
         read = self._reads.get(layer)
@@ -553,7 +566,7 @@ class LayerGraphs:
     def _recorded(self, chain: _Chain, layer: nn.Module, read: _Read, inputs: Inputs, compute) -> _Graph | None:
         self._make_room(chain)
         try:
-            graph = _Graph(chain, self._recorder, read, inputs, compute)
+            graph = _Graph(chain, self._recorders[chain.device], read, inputs, compute)
         except RuntimeError as error:
             self._broken = f"recording failed: {_first_line(error)}"
             _say(f"{self._broken}; all layers run eagerly")
@@ -572,10 +585,7 @@ class LayerGraphs:
     def _is_next(self, chain: _Chain, index: int) -> bool:
         """Whether the recording `index` of a chain may run over what waits for its backward."""
         return all(
-            replayed.graph._chain is chain and (replayed.graph.index < index or replayed.is_overwritten)
+            replayed.graph.chain is chain and (replayed.graph.index < index or replayed.is_overwritten)
             for replayed in self.open_passes()
+            if replayed.graph.chain.device == chain.device
         )
-
-    def _synchronize(self) -> None:
-        if self._recorder is not None:
-            self._recorder.synchronize()

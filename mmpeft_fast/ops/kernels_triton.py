@@ -70,8 +70,6 @@ def prologue(
     down, mask = (None, None) if low_rank is None else low_rank
     tile = None
     if down is not None:
-        # Every block of rows reads D again: a float32 one is cast once, not by each.
-        down = down.to(x[0].dtype)
         tile = _tile("shrink", x[0], m=x[0].shape[0], k=x[0].shape[1], r=down.shape[0])
     h, rstd, a, _ = launch(
         *x, **_prologue_options(spec), **_mask_options(mask), eps=spec.eps, down=down, write_h=need_h, h_out=h_out,

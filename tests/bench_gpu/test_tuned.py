@@ -46,7 +46,7 @@ def test_what_the_h200_has_shown():
     assert set(table.providers.values()) == {"triton"} and set(table.providers) == set(dispatch.OPS)
     assert {table.gemm[key] for key in table.gemm if key.startswith("dx")} == {"composite"}
     assert set(table.ways) == {"dy_pass"} and all(key.endswith("r128") for key in table.ways["dy_pass"])
-    for kernel in ("prologue", "prologue_backward", "ddown", "dy_pass"):
+    for kernel in ("ddown", "dy_pass"):
         assert len(table.tiles[kernel]) >= 6
 
 
@@ -59,9 +59,9 @@ def test_committed_rows_say_where_they_come_from_and_name_no_machine():
 
 
 def test_tiles_and_ways_of_rows_are_what_dispatch_reads(tmp_path):
-    assert dispatch.bucket(torch.bfloat16, **tuning.sizes("prologue", SMALL)) == "bf16 m4096 k4096 r64"
-    rows = tile_rows("prologue", [(None, 2.0), (ONE, 1.5), (TWO, 1.0), ("torch", 9.0)], SMALL)
-    rows += tile_rows("prologue", [(None, 2.0), (ONE, 1.0), (TWO, 3.0)], LARGE)
+    assert dispatch.bucket(torch.bfloat16, **tuning.sizes("shrink", SMALL)) == "bf16 m4096 k4096 r64"
+    rows = tile_rows("shrink", [(None, 2.0), (ONE, 1.5), (TWO, 1.0), ("torch", 9.0)], SMALL)
+    rows += tile_rows("shrink", [(None, 2.0), (ONE, 1.0), (TWO, 3.0)], LARGE)
     rows += tile_rows("ddown", [(None, 1.0), (ONE, 0.995)], SMALL)
     library = [("torch", 1.2), ("bare", 1.0), ("layout", 1.1), ("cuda", 0.1)]
     rows += tile_rows("lowrank_gemm fwd", [(None, 1.05), (ONE, 1.0), *library], SMALL)
@@ -71,7 +71,7 @@ def test_tiles_and_ways_of_rows_are_what_dispatch_reads(tmp_path):
     assert tuned.gemm_ways(rows, EVERYTHING - {"gemm:gluon"})[FWD] == "triton"
     assert tuned.gemm_ways(rows, EVERYTHING - {"gemm:gluon", "gemm:triton"})[FWD] == "layout"
     assert tuned.gemm_ways(rows, set()) == {FWD: "composite", DX: "composite"}
-    tiles = {"prologue": {"bf16 m4096 k4096 r64": ONE}}
+    tiles = {"shrink": {"bf16 m4096 k4096 r64": ONE}}
     bucket = FWD.removeprefix("fwd ")
     assert tuned.tiles(rows, {FWD: "gluon"}) == tiles | {"lowrank_gemm fwd": {bucket: TWO}}
     assert tuned.tiles(rows, {FWD: "triton"}) == tiles | {"lowrank_gemm fwd": {bucket: ONE}}
@@ -86,12 +86,12 @@ def test_tiles_and_ways_of_rows_are_what_dispatch_reads(tmp_path):
 
 
 def test_a_first_of_a_round_without_a_head_start_decides_nothing():
-    rows = tile_rows("prologue", [(None, 2.0), (ONE, 1.5), (TWO, 1.6)], SMALL)
-    assert tuned.tiles(rows, {}) == {"prologue": {"bf16 m4096 k4096 r64": ONE}}
-    fast_first = tile_rows("prologue", [(ONE, 1.0), (None, 1.0), (TWO, 1.6)], SMALL)
+    rows = tile_rows("shrink", [(None, 2.0), (ONE, 1.5), (TWO, 1.6)], SMALL)
+    assert tuned.tiles(rows, {}) == {"shrink": {"bf16 m4096 k4096 r64": ONE}}
+    fast_first = tile_rows("shrink", [(ONE, 1.0), (None, 1.0), (TWO, 1.6)], SMALL)
     assert tuned.tiles(without_head_start(fast_first), {}) == {}
-    slow_first = tile_rows("prologue", [(ONE, 1.9), (None, 1.6), (TWO, 1.5)], SMALL)
-    assert tuned.tiles(without_head_start(slow_first), {}) == {"prologue": {"bf16 m4096 k4096 r64": TWO}}
+    slow_first = tile_rows("shrink", [(ONE, 1.9), (None, 1.6), (TWO, 1.5)], SMALL)
+    assert tuned.tiles(without_head_start(slow_first), {}) == {"shrink": {"bf16 m4096 k4096 r64": TWO}}
     # The same size measured twice: the disturbed time of one call does not count.
     twice = tile_rows("dy_pass", [(None, 9.0), (ONE, 0.10), ("torch", 0.25)], Problem("llama-7b", "down", 4096, 128))
     twice += tile_rows("dy_pass", [(None, 9.0), (ONE, 0.10), ("torch", 0.05)], Problem("llama-7b", "o", 4096, 128))

@@ -27,7 +27,7 @@ def test_candidates_are_tiles(kernel):
             assert tiles[0] is None and len(tiles) > 2
             assert len({json.dumps(tile) for tile in tiles}) == len(tiles)
             for fields in tiles[1:]:
-                tile = (GemmTile if "gemm" in kernel else Tile)(**fields)
+                tile = (GemmTile if "gemm" in kernel or kernel == "masked_dx" else Tile)(**fields)
                 assert tile.block_m * tile.block_n <= 128 * 256
 
 
@@ -35,7 +35,7 @@ def test_problems_of_whole_steps_come_first_and_have_the_buckets_of_dispatch():
     assert {(p.dims, p.r, p.m, p.p) for _, p in tuning.problems(GPU)} == set(GPU.problems)
     assert tuning.problems(GPU)[0][1] == Problem("llama-7b", "qkv", 2800, 128, 0.05)
     problem = Problem("llama-7b", "qkv", 2800, 128)
-    assert tuning.sizes("prologue", problem) == {"m": 2800, "k": 4096, "r": 384}
+    assert tuning.sizes("shrink", problem) == {"m": 2800, "k": 4096, "r": 384}
     assert tuning.sizes("dy_pass", problem) == {"m": 2800, "n": 12288, "r": 128}
     assert tuning.sizes("lowrank_gemm fwd", problem) == {"m": 2800, "n": 12288, "k": 4096, "r": 128}
     assert tuning.sizes("lowrank_gemm_gluon dx", problem) == {"m": 2800, "n": 4096, "k": 12288, "r": 0}
@@ -43,7 +43,7 @@ def test_problems_of_whole_steps_come_first_and_have_the_buckets_of_dispatch():
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["prologue", "prologue_backward", "ddown", "dy_pass", "lowrank_gemm fwd"])
+@pytest.mark.parametrize("kernel", ["shrink", "ddown", "dy_pass", "lowrank_gemm fwd", "masked_dx"])
 def test_a_forced_tile_and_the_sizes_of_buckets_reach_the_launch(kernel, monkeypatch):
     """The kernel set asks dispatch with the sizes that rows are filed under, and gets what is forced."""
     from mmpeft_fast.ops import kernels_triton
@@ -51,7 +51,7 @@ def test_a_forced_tile_and_the_sizes_of_buckets_reach_the_launch(kernel, monkeyp
     problem, asked = Problem("tiny", "qkv", 5, 2), []
     case, operands = tuning._case(kernel, problem, "fp32", "meta")
     fields = {"block_m": 16, "block_n": 32, "num_warps": 4, "num_stages": 1}
-    fields |= {"block_k": 16, "use_tma": False} if "gemm" in kernel else {}
+    fields |= {"block_k": 16, "use_tma": False} if "gemm" in kernel or kernel == "masked_dx" else {}
     with tuned.forced(kernel, fields):
         forced = dispatch.tile_fields
 
@@ -68,7 +68,7 @@ def test_a_forced_tile_and_the_sizes_of_buckets_reach_the_launch(kernel, monkeyp
     assert dispatch.tile_fields is not forced and not [name for name, _, tile in asked if tile and name != kernel]
 
 
-@pytest.mark.parametrize("kernel", ["prologue", "prologue_backward", "dy_pass", "ddown", "lowrank_gemm fwd"])
+@pytest.mark.parametrize("kernel", ["shrink", "dy_pass", "ddown", "lowrank_gemm fwd"])
 def test_rows_of_a_problem_say_how_fast(kernel):
     """Without tiles: what is timed beside them."""
     rows = list(tuning.time_tiles(kernel, ["tiny", "gate_up", 5, 2, 0.05], [], "fp32", "cpu"))
@@ -82,5 +82,5 @@ def test_rows_of_a_problem_say_how_fast(kernel):
 
 
 def test_adapters_are_float32_over_a_bf16_base():
-    _, operands = tuning._case("prologue", Problem("tiny", "qkv", 5, 2), "bf16", "cpu")
+    _, operands = tuning._case("shrink", Problem("tiny", "qkv", 5, 2), "bf16", "cpu")
     assert operands["down"].dtype == torch.float32 and operands["x"][0].dtype == torch.bfloat16

@@ -7,12 +7,12 @@ from mmpeft_kernels.tile import Tile
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Parameter by whose dtype a kernel's operands go.
 _OPERAND = {
-    "prologue": "x_ptr", "prologue_backward": "dh_ptr", "ddown": "x_ptr", "dy_pass": "dy_ptr", "post_adapter": "y_ptr",
+    "shrink": "h_ptr", "prologue_backward": "dh_ptr", "ddown": "x_ptr", "dy_pass": "dy_ptr", "post_adapter": "y_ptr",
     "prefix": "q_ptr", "prefix_backward": "q_ptr", "lowrank_gemm": "x", "lowrank_gemm_gluon": "x",
 }  # fmt: skip
 # Kernels that read an adapter's matrix, by its parameter.
 _READS = {
-    "down_ptr": ("prologue", "prologue_backward", "post_adapter"),
+    "down_ptr": ("shrink", "prologue_backward", "post_adapter"),
     "up_ptr": ("post_adapter",),
     "u_ptr": ("dy_pass", "lowrank_gemm"),
 }

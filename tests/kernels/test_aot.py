@@ -25,6 +25,8 @@ COMPILED = (
     "sm_90 bfloat16 cross_entropy",
     "gfx942 bfloat16 lowrank_gemm forward pointers r16 x3",
     "sm_90 bfloat16 lowrank_gemm gluon forward r8 x3",
+    "sm_90 bfloat16 lowrank_gemm dx tma r64 dropout",
+    "sm_90 bfloat16 prologue rms_norm r192 _shrink_kernel",
 )
 # Beside them, as many as this of the launches whose shared memory comes nearest to their device's limit.
 NEAREST = 6
@@ -63,7 +65,8 @@ def test_the_tiles_of_tables_are_listed(tmp_path, recorded):
     fields = {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 3}
     gemm = {**fields, "block_k": 64, "use_tma": True}
     tiles = {
-        "dy_pass": {"bf16 m4096 n4096 r128": fields}, "prologue": {"bf16 m4096 k4096 r32": fields},
+        "dy_pass": {"bf16 m4096 n4096 r128": fields}, "shrink": {"bf16 m4096 k4096 r32": fields},
+        "masked_dx": {"bf16 m4096 n4096 k4096 r32": gemm},
         "lowrank_gemm fwd": {"bf16 m4096 n4096 k4096 r128": gemm}, "lowrank_gemm dx": {"fp16 m8 n8 k8 r1": gemm},
     }  # fmt: skip
     (tmp_path / "some-gpu.json").write_text(json.dumps({"device": "some GPU", "source": "", "tiles": tiles}))
@@ -73,12 +76,12 @@ def test_the_tiles_of_tables_are_listed(tmp_path, recorded):
         name for name in recorded if " tile " not in name
     }
     kernels = {launch["kernel"].split(":")[0] for launch in added.values()}
-    assert kernels == {"dy_pass", "prologue", "lowrank_gemm", "lowrank_gemm_gluon"}
+    assert kernels == {"dy_pass", "shrink", "lowrank_gemm", "lowrank_gemm_gluon"}
     assert {launch["arch"] for launch in added.values()} == {90}
     for name, launch in added.items():
         footprint, tile = footprint_of(launch)
         assert footprint.bytes(tile) <= min(LIMITS[arch] for arch in (launch["arch"], *launch["also"])), name
-    del tiles["lowrank_gemm fwd"], tiles["lowrank_gemm dx"]
+    del tiles["lowrank_gemm fwd"], tiles["lowrank_gemm dx"], tiles["masked_dx"]
     (tmp_path / "some-gpu.json").write_text(json.dumps({"device": "", "architecture": 86, "tiles": tiles}))
     assert {launch["arch"] for name, launch in record_launches(tmp_path).items() if " tile " in name} == {86}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from mmpeft_kernels import aot, ddown, dy_pass, lowrank_gemm, post_adapter, prefix, prologue, prologue_backward
+from mmpeft_kernels import aot, ddown, dy_pass, lowrank_gemm, post_adapter, prefix, prologue_backward, shrink
 from mmpeft_kernels.launches import recorded
 from mmpeft_kernels.lowrank_gemm import GemmTile
 from mmpeft_kernels.segments import SegmentShape
@@ -58,7 +58,7 @@ def _calls(tile, gemm_tile):
     lse = _empty(2, 8, M, dtype=torch.float32)
     segments = (SegmentShape(K, R),)
     return {
-        "prologue": lambda: prologue.prologue(x, x, name="swiglu", down=down, tile=tile, **mask),
+        "shrink": lambda: shrink.shrink(x, down, tile=tile, **mask),
         "prologue_backward": lambda: prologue_backward.prologue_backward(
             x, x, x, name="swiglu", da=z, down=down, tile=tile, **mask
         ),
@@ -87,7 +87,7 @@ def test_what_is_launched_fits_by_arithmetic(kernel, arch):
     assert footprint.bytes(tile) <= LIMITS[arch]
 
 
-@pytest.mark.parametrize("kernel, arch", [("dy_pass", 80), ("prologue", 89), ("lowrank_gemm", 90), ("ddown", 90)])
+@pytest.mark.parametrize("kernel, arch", [("dy_pass", 80), ("shrink", 89), ("lowrank_gemm", 90), ("ddown", 90)])
 def test_arithmetic_bounds_what_the_compiler_makes(kernel, arch):
     records: list[dict] = []
     with assumed_architecture(arch), recorded(records):

@@ -283,6 +283,19 @@ def test_what_changes_in_a_layer_is_seen(stand_in, change):
     assert recorded(graphed) == LAYERS - 1  # again
 
 
+def test_tensors_that_move_at_every_step_are_not_recorded_for_ever(stand_in):
+    eager, graphed = pair(prepared())
+    for number in range(16):
+        for model in (eager, graphed):
+            weight = model.model.layers[1].self_attn.q_proj.branches[0].down
+            weight.data = weight.data.clone()
+            model.zero_grad()
+            step(model, tiny_batch("llama"), seed=number)
+        assert_same_grads(eager, graphed)
+    assert "its tensors move from step to step" in graphs_of(graphed).reasons
+    assert not recorded(graphed) and stand_in.num_recorded < 16 * LAYERS
+
+
 def test_what_looks_at_a_layer_sees_tensors_of_its_own(stand_in):
     eager, graphed = pair(prepared())
     _warm(eager, graphed)

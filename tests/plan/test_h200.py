@@ -106,6 +106,14 @@ def test_memory_is_what_it_was(row):
         assert counts.peak_bytes / 2**20 == pytest.approx(peak_mib, rel=0.03)
 
 
+def test_replayed_layers_take_what_they_took():
+    """Rows of a later commit, with today's kernels (those that were not timed alone taken as good as the library's)."""
+    rows = [json.loads(line) for line in (ROWS[0].parent / "steps.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row.get("implementation") == "graphs" and row["mode"] == "step")
+    found = plan(request(row | {"implementation": "triton"}), device_named("h200")).time
+    assert found.graph_s * 1e3 == pytest.approx(row["p50_ms"], rel=0.10)
+
+
 def test_a_better_kernel_makes_a_step_faster_by_its_entry_alone():
     device = device_named("h200")
     works = works_at("llava-1.5-7b lora r128 4x700")
