@@ -16,6 +16,8 @@ TABLE = aot.read_table()
 # How far above the compiler's figure the arithmetic may be where it decides (the smallest limit and more): a loop that
 # pipelines fewer of its loads than the formula takes for granted.
 _SLACK, _MATTERS = 1.7, min(LIMITS.values())
+# A kernel without a formula (element-wise, row statistics) may take this much: far below every device's limit.
+_NEEDS_NO_ARITHMETIC = 16 * 1024
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
 
 
@@ -28,11 +30,11 @@ def assert_bounds(launch: dict, shared_bytes: int, name: str = "") -> None:
 
 @pytest.mark.parametrize("version", sorted(TABLE["resources"]))
 def test_arithmetic_bounds_every_launch_of_the_table(version):
-    rows = TABLE["resources"][version]
-    checked = [name for name in rows if footprint_of(TABLE["launches"][name]) is not None]
-    assert len(checked) > 0.8 * len(rows)
-    for name in checked:
-        assert_bounds(TABLE["launches"][name], rows[name]["shared_bytes"], name)
+    for name, row in TABLE["resources"][version].items():
+        if footprint_of(TABLE["launches"][name]) is not None:
+            assert_bounds(TABLE["launches"][name], row["shared_bytes"], name)
+        else:
+            assert row["shared_bytes"] <= _NEEDS_NO_ARITHMETIC, name
 
 
 def test_every_launch_of_the_table_was_fitted_by_arithmetic():
