@@ -10,11 +10,14 @@ from pathlib import Path
 
 from triton.runtime.jit import JITFunction
 
+from mmpeft_kernels.row_chunks import assumed_multiprocessors
 from mmpeft_kernels.tile import assumed_architecture
 
 # LLaMA-7B's decoder: hidden and intermediate size, heads, head dimension; a step's samples and rows.
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 4096, 11008, 32, 128
 BATCH, ROWS = 4, 4096
+# As many as a Hopper has: reductions are split among them as in a real step.
+MULTIPROCESSORS = 132
 # Architectures of one instruction set stand together: a launch that all of them take alike is compiled for the first.
 FAMILIES = ((80, 86, 89), (90,), (100,), ("gfx942",))
 # Ranks of a branch in bfloat16 by architecture. Float16 takes the same paths on every architecture, and float32 the
@@ -113,7 +116,7 @@ def record_launches(tuned: Path = TUNED) -> dict[str, dict]:
 
 def _recorded(call: Callable, arch: int | str, case: str) -> Iterator[tuple[str, dict]]:
     records: list[dict] = []
-    with assumed_architecture(arch), recorded(records):
+    with assumed_architecture(arch), assumed_multiprocessors(MULTIPROCESSORS), recorded(records):
         call()
     for i, launch in enumerate(records):
         yield (f"{case} {launch['kernel'].split(':')[1]}" if i else case), launch
@@ -274,6 +277,9 @@ def _cases(arch: int | str, dtype) -> Iterator[tuple[str, Callable]]:
             yield f"prologue {suffix}", call.forward
             yield f"prologue_backward {suffix}", call.backward
             yield f"ddown {suffix}", call.ddown
+    for rank in ranks:  # where there are rows enough, the shrink is not split
+        whole = assumed_multiprocessors(1)(_Linear("none", HIDDEN, 1, rank, dtype, dtype, dropout=True).forward)
+        yield f"shrink whole r{rank}", whole
     hidden = empty(ROWS, HIDDEN)
     yield from _scaled_prologues(dtype)
     for name, width in (("rms_norm", HIDDEN), ("swiglu", INTERMEDIATE)):

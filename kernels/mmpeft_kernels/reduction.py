@@ -8,7 +8,7 @@ from mmpeft_kernels.tile import Tile, cdiv
 
 DEFAULT_TILE = Tile(block_m=16, block_n=64)
 # Of so many columns there are programs enough without rows side by side, and rows are read in wide pieces.
-_WIDE_TILE, _MANY_COLUMNS = Tile(block_m=2, block_n=512), 1 << 17
+_WIDE_TILE, _MANY_COLUMNS = Tile(block_m=4, block_n=512), 1 << 17
 
 
 @triton.jit

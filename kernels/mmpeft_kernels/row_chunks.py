@@ -1,11 +1,25 @@
 """How a sum over rows is split among programs: chunks whose partial sums `reduction.sum_partials` adds in order."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mmpeft_kernels.tile import cdiv
 
 # Programs a multiprocessor should have to hide memory latency, where the sum is long enough.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-# Multiprocessors where the device does not say how many it has (Triton's interpreter).
-_MULTIPROCESSORS_WITHOUT_DEVICE = 3
+# Of tensors that lie on no GPU: few, so that small operands are split in Triton's interpreter.
+_assumed = 3
+
+
+@contextmanager
+def assumed_multiprocessors(count: int) -> Iterator[None]:
+    """Inside, tensors that lie on no GPU count as tensors of a GPU with so many multiprocessors."""
+    global _assumed
+    before, _assumed = _assumed, count
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def num_multiprocessors(device) -> int:
@@ -13,7 +27,7 @@ def num_multiprocessors(device) -> int:
     import torch
 
     if device.type != "cuda":
-        return _MULTIPROCESSORS_WITHOUT_DEVICE
+        return _assumed
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

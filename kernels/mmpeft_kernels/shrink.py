@@ -32,7 +32,8 @@ def default_tile(rank: int, itemsize: int, arch: int | str) -> Tile:
         return Tile(block_m=32, block_n=64, num_warps=num_warps, num_stages=2)
     if arch >= 90 and block_r >= 128:
         return Tile(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    return Tile(block_m=64, block_n=64, num_warps=num_warps, num_stages=3)
+    # Ampere's products of 4 warps take a few registers more than there are at some ranks.
+    return Tile(block_m=64, block_n=64, num_warps=num_warps if arch >= 90 else 8, num_stages=3)
 
 
 @triton.jit
