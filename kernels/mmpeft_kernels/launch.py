@@ -37,6 +37,11 @@ def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
     kernel[grid](*args, **options)
 
 
+def forget() -> None:
+    """Forgets which tiles were made smaller, for another device in place of this one."""
+    _fitting.clear()
+
+
 @contextmanager
 def exact_tiles() -> Iterator[None]:
     """Inside, a tile that does not fit is an error instead of a smaller one's launch: for measurements of tiles."""

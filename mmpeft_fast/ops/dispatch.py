@@ -89,6 +89,11 @@ def table_named(device_name: str) -> Table | None:
     return tables().get(slug(device_name))
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether calls on this device are dispatched as a GPU's."""
+    return device.type == "cuda"
+
+
 @functools.cache
 def table_of(device: torch.device) -> Table | None:
     """The table of a CUDA device, or None."""
@@ -223,7 +228,7 @@ def gemm_realisation(x: Tensor, num_out: int, rank: int, *, direction: str) -> s
     The library's GEMM where nothing was measured: forward by layout where the weight has columns for it
     (`ops.layout`), composite elsewhere. Triton's own kernel for tensors on no GPU, which only its interpreter runs.
     """
-    if x.device.type != "cuda":
+    if not is_gpu(x.device):
         return "triton"
     table = table_of(x.device)
     if table is not None:
@@ -236,7 +241,7 @@ def gemm_realisation(x: Tensor, num_out: int, rank: int, *, direction: str) -> s
 def dy_realisation(dy: Tensor, rank: int) -> str:
     """How the Triton provider computes da and dU of branches of `rank` from dy [M, N]: "triton", its one pass, or
     "composite", two library GEMMs a branch; as `gemm_realisation` for what was not measured."""
-    if dy.device.type != "cuda":
+    if not is_gpu(dy.device):
         return "triton"
     table = table_of(dy.device)
     if table is not None:
@@ -252,7 +257,7 @@ def draws_in_dx(dy: Tensor, num_in: int, rank: int) -> bool:
 
     Where nothing was measured: on Hopper and later, whose kernel is within 1.04 of the library's.
     """
-    if dy.device.type != "cuda":
+    if not is_gpu(dy.device):
         return True
     table = table_of(dy.device)
     if table is not None and "masked_dx" in table.ways:
@@ -272,7 +277,7 @@ def _architecture(device: torch.device) -> int | str:
 def wants_layout(device: torch.device, dtype: torch.dtype, num_out: int, depth: int, rank: int) -> bool:
     """Whether a weight on this device should keep columns for its branches: most measured calls of its size, of
     whatever rows, are by layout. True for a GPU without a table."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return False
     table = table_of(device)
     if table is None:
