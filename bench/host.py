@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -48,14 +47,37 @@ class _Driver:
 
         return GPUTarget("cuda", 90, 32)
 
-    def run(self, *args) -> None:
-        self.launches += 1
-
-    def compiled(self, kernel, key, signature, device, constants, options, *rest) -> SimpleNamespace:
+    def compile(self, kernel, key, signature, device, constants, options, *rest) -> "_Compiled":
         """Instead of the compiler's result: a kernel whose launch is this driver's."""
-        made = SimpleNamespace(run=self.run, function=0, packed_metadata=(), launch_metadata=lambda *args: None)
-        kernel.device_caches[device][0][key] = made
+        made = kernel.device_caches[device][0][key] = _Compiled(self)
         return made
+
+
+class _Compiled:
+    """What Triton's path asks of a compiled kernel up to the driver's call."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self, driver: _Driver):
+        self._driver = driver
+
+    def launch_metadata(self, grid, stream, *args) -> None:
+        return None
+
+    def run(self, *args) -> None:
+        self._driver.launches += 1
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable:
+        from triton import knobs
+
+        def runner(*args, stream=None) -> None:  # as Triton's own, line by line
+            metadata = self.launch_metadata(grid, stream, *args)
+            self.run(
+                grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, metadata,
+                knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args,
+            )  # fmt: skip
+
+        return runner
 
 
 @contextmanager
@@ -84,7 +106,7 @@ def stub_gpu(gpu_name: str = GPU) -> Iterator[_Driver]:
         replaced = [
             (dispatch, "is_gpu", lambda device: True), (dispatch, "table_of", lambda device: table),
             (kernels_triton, "unsupported", lambda x: None),
-            (JITFunction, "_do_compile", lambda kernel, *args, **options: stub.compiled(kernel, *args, **options)),
+            (JITFunction, "_do_compile", lambda kernel, *args, **options: stub.compile(kernel, *args, **options)),
         ]  # fmt: skip
         for home, name, replacement in replaced:
             stack.callback(setattr, home, name, getattr(home, name))
@@ -141,6 +163,7 @@ def layer_times(rounds: int = 40, gpu_name: str = GPU) -> dict[str, float]:
     """Milliseconds a layer by implementation, and `launches`, the Triton kernels of a fused layer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # what stub kernels leave unwritten may be anything
     try:
         passes = {(name, n): pass_of(model(n, name)) for n in (_FEW, _MORE) for name in IMPLEMENTATIONS}
         least = dict.fromkeys(passes, float("inf"))
@@ -158,6 +181,7 @@ def layer_times(rounds: int = 40, gpu_name: str = GPU) -> dict[str, float]:
                     least[key] = min(least[key], time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
     layers = _MORE - _FEW
     found = {f"{name}_ms": 1e3 * (least[name, _MORE] - least[name, _FEW]) / layers for name in IMPLEMENTATIONS}
     return {**found, "launches": (counts["fused", _MORE] - counts["fused", _FEW]) / layers}

@@ -6,8 +6,9 @@ says, the next smaller tile runs and is remembered for these operands on this de
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from triton.runtime.errors import OutOfResources
@@ -20,6 +21,7 @@ _logger = logging.getLogger(__name__)
 # (what a launch is called, its footprint, its device, the tile asked for) -> the tile that runs.
 _fitting: dict[tuple, Tile] = {}
 _exact = False
+_observed = threading.local()
 
 
 def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
@@ -27,14 +29,35 @@ def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
 
     Triton launches on the current device, whatever its operands are on: under `device_map` that is another one.
     """
+    guard = nullcontext()
     if device.type == "cuda":
         import torch
 
         if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                kernel[grid](*args, **options)
-            return
-    kernel[grid](*args, **options)
+            guard = torch.cuda.device(device)
+    with guard:
+        compiled = kernel[grid](*args, **options)
+    observer = getattr(_observed, "by", None)
+    if observer is not None:
+        observer(kernel, grid, args, options, compiled)
+
+
+@contextmanager
+def observed(observer: Callable) -> Iterator[None]:
+    """Inside, in this thread, `observer` is told of every launch: (kernel, grid, its arguments, its options, Triton's
+    compiled kernel; None in the interpreter)."""
+    before, _observed.by = getattr(_observed, "by", None), observer
+    try:
+        yield
+    finally:
+        _observed.by = before
+
+
+def current_stream() -> int:
+    """Of the current device, as a compiled kernel takes it."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 def forget() -> None:

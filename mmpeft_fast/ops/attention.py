@@ -11,10 +11,14 @@ merged by log-sum-exp:
     L = logaddexp(L_main, L_prefix),  o = o_main exp(L_main - L) + sum_p exp(s_p - L) v_p
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmpeft_fast.ops import tape
 from mmpeft_fast.ops.attention_schedule import (
     NUM_DIFFERENTIABLE,
     NUM_TENSORS,
@@ -23,6 +27,7 @@ from mmpeft_fast.ops.attention_schedule import (
     AttentionRunner,
 )
 from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
+from mmpeft_fast.ops.flash import shapes_repeat
 from mmpeft_fast.ops.kernel_set import HeadTransform
 from mmpeft_fast.ops.norms import rms_norm_ref
 from mmpeft_fast.ops.opaque import traceable
@@ -51,22 +56,37 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, runner, overwrite, *arguments):
-        call = AttentionCall(*arguments)
-        ctx.runner = runner or AttentionRunner(kernel_set("attention", call.q))
-        kept = ctx.runner.forward(call, _needs(ctx), overwrite)
-        ctx.options, ctx.is_raw, ctx.more = call[NUM_TENSORS:], kept.is_raw, (kept.joint, kept.kernel)
-        ctx.save_for_backward(*kept[:3], *call[3:NUM_TENSORS], kept.out, kept.lse, *kept.extra)
+        tensors, ctx.options = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
+        ctx.runner = runner or AttentionRunner(kernel_set("attention", tensors[0]))
+        kept = _step((_forward, ctx.runner, ctx.options, _needs(ctx), overwrite), tensors)
+        ctx.is_raw, ctx.more = kept.is_raw, (kept.joint, kept.kernel)
+        ctx.save_for_backward(*kept[:3], *tensors[3:], kept.out, kept.lse, *kept.extra)
         return kept.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each look
-        tensors, (out, lse, *extra) = saved[:NUM_TENSORS], saved[NUM_TENSORS:]
-        call = AttentionCall(*tensors, *ctx.options)
-        kept = AttentionKept(*tensors[:3], ctx.is_raw, out, lse, tuple(extra), *ctx.more)
-        grads = ctx.runner.backward(call, kept, dout, _needs(ctx))
-        return None, None, *grads, *(None,) * (len(call) - NUM_DIFFERENTIABLE)
+        key = _backward, ctx.runner, ctx.options, _needs(ctx), ctx.is_raw, ctx.more
+        grads = _step(key, (dout, *ctx.saved_tensors))
+        return None, None, *grads, *(None,) * (len(AttentionCall._fields) - NUM_DIFFERENTIABLE)
+
+
+def _step(key: tuple, tensors: Sequence[Tensor | None]):
+    """key: the step, its runner and what it is called with before the tensors."""
+    step, runner, *arguments = key
+    if runner.is_taped:
+        return tape.run((*key, shapes_repeat()), tensors, functools.partial(step, runner, *arguments))
+    return step(runner, *arguments, *tensors)
+
+
+def _forward(runner, options: tuple, need: tuple[bool, ...], overwrite: bool, *tensors) -> AttentionKept:
+    return runner.forward(AttentionCall(*tensors, *options), need, overwrite)
+
+
+def _backward(runner, options: tuple, need: tuple[bool, ...], is_raw: tuple, more: tuple, dout, *saved) -> tuple:
+    tensors, (out, lse, *extra) = saved[:NUM_TENSORS], saved[NUM_TENSORS:]
+    kept = AttentionKept(*tensors[:3], is_raw, out, lse, tuple(extra), *more)
+    return runner.backward(AttentionCall(*tensors, *options), kept, dout, need)
 
 
 def _needs(ctx) -> tuple[bool, ...]:

@@ -141,6 +141,11 @@ class AttentionRunner(NamedTuple):
 
     kernels: ModuleType
 
+    @property
+    def is_taped(self) -> bool:
+        """As of `schedule.Runner`."""
+        return self.kernels.IS_TAPED
+
     def forward(self, call: AttentionCall, need: tuple[bool, ...], overwrite: bool) -> AttentionKept:
         """`overwrite`: as in `attention`. need: as in `backward`."""
         is_raw = tuple(

@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmpeft_fast.ops import tape
+
 OPS = ("fused_linear", "attention", "rms_norm", "linear_cross_entropy")
 # Below this many rows a GEMM reads its weight once whatever runs it, and launches are what costs.
 SMALL_M = 64
@@ -105,6 +107,7 @@ def read_again() -> None:
     for cached in (tables, table_of, _cached_choice, _say, _measured):
         cached.cache_clear()
     _unmeasured.clear()
+    tape.forget()
 
 
 def why_no_triton(device: torch.device) -> str | None:

@@ -34,6 +34,10 @@ def repeated_shapes() -> Iterator[None]:
         _shapes_repeat.reset(token)
 
 
+def shapes_repeat() -> bool:
+    return _shapes_repeat.get()
+
+
 class FlashResult(NamedTuple):
     """out [B, H, Tq, DH] (laid out like q), lse [B, H, Tq], and the tensors that the kernel's own backward wants
     besides (the state of a random generator, though nothing is dropped); kernel: whose these are, None where that of
@@ -54,7 +58,7 @@ def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _may_use_cudnn(q: Tensor) -> bool:
     return (
-        _shapes_repeat.get()
+        shapes_repeat()
         and q.device.type == "cuda"
         and q.shape[-1] <= _CUDNN_MAX_HEAD_DIM
         and torch.backends.cuda.cudnn_sdp_enabled()

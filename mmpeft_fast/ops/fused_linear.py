@@ -10,6 +10,7 @@ down (arXiv 2406.05130); IA3 (Liu et al. 2022) is the scales. The backward is wr
 a = D drop(h) only, recomputes h from x and z from a, and computes nothing that no gradient asks for.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmpeft_fast.ops import schedule
+from mmpeft_fast.ops import schedule, tape
 from mmpeft_fast.ops.activations import ACTIVATIONS
 from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
 from mmpeft_fast.ops.dropout import draw_seed, dropout_ref
@@ -45,39 +46,61 @@ class _FusedLinear(torch.autograd.Function):
     a segment and, with `carry`, the first input."""
 
     @staticmethod
-    def forward(ctx, runner, spec, carry, residual, gain, in_scale, seed, *tensors):
-        x, flat = tensors[: spec.num_inputs], tensors[spec.num_inputs :]
-        need = Needs(ctx.needs_input_grad[3:], spec)
-        call = Call(spec, residual, gain, in_scale, seed, x, unflatten_segments(spec, flat))
-        ctx.runner = runner or schedule.Runner(kernel_set("fused_linear", x[0]))
-        outputs, kept = ctx.runner.forward(call, need)
-        lists = [x if need.kept_x else (None,) * len(x), flat, *kept[1:]]
-        ctx.spec, ctx.lengths = spec, [len(items) for items in lists]
+    def forward(ctx, runner, spec, carry, *tensors):
+        ctx.runner, ctx.spec = runner or schedule.Runner(kernel_set("fused_linear", tensors[4])), spec
+        key = _forward, ctx.runner, spec, ctx.needs_input_grad[3:]
+        outputs, saved, ctx.lengths = _step(key, tensors)
         ctx.output_shapes = [y.shape for y in outputs]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gain, in_scale, seed, kept.rstd, *(tensor for items in lists for tensor in items))
+        ctx.save_for_backward(*saved)
         if carry:
-            outputs.append(x[0])
+            outputs.append(tensors[4])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        gain, in_scale, seed, rstd, *saved = ctx.saved_tensors
-        lists = []
-        for length in ctx.lengths:
-            lists.append(saved[:length])
-            saved = saved[length:]
-        x, flat, *kept = lists
-        call = Call(ctx.spec, None, gain, in_scale, seed, tuple(x), unflatten_segments(ctx.spec, flat))
-        need = Needs(ctx.needs_input_grad[3:], ctx.spec)
-        dys, dcarry = dys[: len(ctx.output_shapes)], dys[len(ctx.output_shapes) :]
-        given = next((dy for dy in (*dys, *dcarry) if dy is not None), None)
+        shapes = ctx.output_shapes
+        given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
-        dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, ctx.output_shapes, strict=True)]
-        grads = ctx.runner.backward(call, need, Kept(rstd, *kept), dys, dcarry[0] if dcarry else None)
-        return None, None, None, *grads[:3], None, *grads.x, *flatten_segments(grads.segments)
+        dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
+        dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
+        key = _backward, ctx.runner, ctx.spec, ctx.needs_input_grad[3:], ctx.lengths, len(dys)
+        return None, None, None, *_step(key, (*dys, dcarry, *ctx.saved_tensors))
+
+
+def _step(key: tuple, tensors: Sequence[Tensor | None]):
+    """key: the step, its runner and what it is called with before the tensors."""
+    step, runner, *arguments = key
+    if runner.is_taped:
+        return tape.run(key, tensors, functools.partial(step, runner, *arguments))
+    return step(runner, *arguments, *tensors)
+
+
+def _forward(runner, spec: CallSpec, flags: tuple[bool, ...], *tensors: Tensor | None):
+    """Outputs, what is saved, and how many of that stand together."""
+    residual, gain, in_scale, seed, *rest = tensors
+    x, flat = tuple(rest[: spec.num_inputs]), rest[spec.num_inputs :]
+    need = Needs(flags, spec)
+    call = Call(spec, residual, gain, in_scale, seed, x, unflatten_segments(spec, flat))
+    outputs, kept = runner.forward(call, need)
+    lists = [x if need.kept_x else (None,) * len(x), flat, *kept[1:]]
+    saved = [gain, in_scale, seed, kept.rstd, *(tensor for items in lists for tensor in items)]
+    return outputs, saved, tuple(len(items) for items in lists)
+
+
+def _backward(runner, spec: CallSpec, flags: tuple[bool, ...], lengths: tuple[int, ...], num_outputs: int, *tensors):
+    """The gradients of `_forward`'s tensors; tensors: dy of the outputs, dcarry, and what was saved."""
+    dys, (dcarry, gain, in_scale, seed, rstd, *saved) = tensors[:num_outputs], tensors[num_outputs:]
+    lists = []
+    for length in lengths:
+        lists.append(saved[:length])
+        saved = saved[length:]
+    x, flat, *kept = lists
+    call = Call(spec, None, gain, in_scale, seed, tuple(x), unflatten_segments(spec, flat))
+    grads = runner.backward(call, Needs(flags, spec), Kept(rstd, *kept), dys, dcarry)
+    return grads.residual, grads.gain, grads.in_scale, None, *grads.x, *flatten_segments(grads.segments)
 
 
 def fused_linear(

@@ -24,6 +24,9 @@ _MASK_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = PrologueSpec("none", None, 0.0, None)
 _ops = torch.ops.mmpeft_fast_c
 
+# Calls are not recorded (`ops.tape`): here the host is the device.
+IS_TAPED = False
+
 
 def unsupported(x: Tensor) -> str | None:
     """Why this provider cannot run calls on tensors like x, or None."""

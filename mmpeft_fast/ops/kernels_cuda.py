@@ -35,6 +35,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 # What the GEMM asks of its operands: TMA's alignment, whole instruction tiles of inner segments and ranks.
 _TMA_BYTES, _SEGMENT_COLUMNS, _RANK_MULTIPLE, _MAX_SEGMENTS = 16, 64, 8, 4
 
+# What a call does is recorded and done again from the record (`ops.tape`).
+IS_TAPED = True
+
 
 def unsupported(x: Tensor) -> str | None:
     """Why this provider cannot run calls on tensors like x, or None."""

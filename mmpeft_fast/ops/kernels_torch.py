@@ -21,6 +21,9 @@ __all__ = [
     "unsupported",
 ]  # fmt: skip
 
+# Calls are not recorded (`ops.tape`): on a GPU few rows come here, on a CPU the host is the device.
+IS_TAPED = False
+
 
 def unsupported(x: Tensor) -> str | None:
     """Why this provider cannot run calls on tensors like x, or None."""

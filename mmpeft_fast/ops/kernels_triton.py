@@ -32,6 +32,9 @@ __all__ = [
     "unsupported",
 ]  # fmt: skip
 
+# What a call does is recorded and done again from the record (`ops.tape`).
+IS_TAPED = True
+
 
 def unsupported(x: Tensor) -> str | None:
     """Why this provider cannot run calls on tensors like x, or None."""

@@ -30,6 +30,7 @@ class OpaqueAttentionRunner(NamedTuple):
     if any."""
 
     provider: str | None
+    is_taped = False
 
     def forward(self, call: AttentionCall, need: tuple[bool, ...], overwrite: bool) -> AttentionKept:
         results = torch.ops.mmpeft_fast.attention_forward(self.provider, *_flatten(call))

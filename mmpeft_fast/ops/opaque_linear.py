@@ -33,6 +33,7 @@ class OpaqueRunner(NamedTuple):
     if any."""
 
     provider: str | None
+    is_taped = False
 
     def forward(self, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
         results = iter(

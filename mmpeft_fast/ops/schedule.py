@@ -370,6 +370,11 @@ class Runner(NamedTuple):
 
     kernels: ModuleType
 
+    @property
+    def is_taped(self) -> bool:
+        """Whether what a call does is recorded (`ops.tape`): not worth it where the host is the device."""
+        return self.kernels.IS_TAPED
+
     def forward(self, call: Call, need: Needs) -> tuple[list[Tensor], Kept]:
         return forward(self.kernels, call, need)
 
