@@ -28,7 +28,7 @@ from mmpeft_fast.stored.baseline import add_baseline
 GPU = "NVIDIA H200"
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 _FEW, _MORE = 2, 6
-_HEADS, _HEAD_DIM, _TOKENS, _RANK = 2, 16, 64, 16
+_HEADS, _HEAD_DIM, _TOKENS, _RANK = 1, 16, 64, 16
 
 
 class _Driver:
@@ -145,8 +145,8 @@ def model(num_layers: int, implementation: str) -> nn.Module:
 
 def pass_of(made: nn.Module) -> Callable[[], None]:
     """Forward and backward of one batch; gradients go as in training."""
-    ids = torch.zeros(2, _TOKENS, dtype=torch.long)
-    embeddings = torch.zeros(2, _TOKENS, made.get_input_embeddings().embedding_dim, dtype=torch.bfloat16)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+    embeddings = torch.zeros(1, _TOKENS, made.get_input_embeddings().embedding_dim, dtype=torch.bfloat16)
     mask, upstream = torch.ones_like(ids), torch.zeros_like(embeddings)
     parameters = [parameter for parameter in made.parameters() if parameter.requires_grad]
 
@@ -159,29 +159,35 @@ def pass_of(made: nn.Module) -> Callable[[], None]:
     return run
 
 
-def layer_times(rounds: int = 40, gpu_name: str = GPU) -> dict[str, float]:
-    """Milliseconds a layer by implementation, and `launches`, the Triton kernels of a fused layer."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, small products cost about what their launch costs on a GPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what stub kernels leave unwritten may be anything
     try:
-        passes = {(name, n): pass_of(model(n, name)) for n in (_FEW, _MORE) for name in IMPLEMENTATIONS}
-        least = dict.fromkeys(passes, float("inf"))
-        with stub_gpu(gpu_name) as stub:
-            counts = {}
-            for key, run in passes.items():
-                run()
-                before = stub.launches
-                run()
-                counts[key] = stub.launches - before
-            for _ in range(rounds):
-                for key, run in passes.items():
-                    start = time.thread_time()
-                    run()
-                    least[key] = min(least[key], time.thread_time() - start)
+        with torch.backends.mkldnn.flags(enabled=False):  # 20 us a product
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
+
+
+def layer_times(rounds: int = 40, gpu_name: str = GPU) -> dict[str, float]:
+    """Milliseconds a layer by implementation, and `launches`, the Triton kernels of a fused layer."""
+    with _one_thread(), stub_gpu(gpu_name) as stub:
+        passes = {(name, n): pass_of(model(n, name)) for n in (_FEW, _MORE) for name in IMPLEMENTATIONS}
+        least, counts = dict.fromkeys(passes, float("inf")), {}
+        for key, run in passes.items():
+            run()
+            before = stub.launches
+            run()
+            counts[key] = stub.launches - before
+        for _ in range(rounds):
+            for key, run in passes.items():
+                start = time.thread_time()
+                run()
+                least[key] = min(least[key], time.thread_time() - start)
     layers = _MORE - _FEW
     found = {f"{name}_ms": 1e3 * (least[name, _MORE] - least[name, _FEW]) / layers for name in IMPLEMENTATIONS}
     return {**found, "launches": (counts["fused", _MORE] - counts["fused", _FEW]) / layers}

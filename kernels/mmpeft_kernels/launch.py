@@ -35,17 +35,22 @@ def launch(kernel, grid: tuple[int, ...], device, *args, **options) -> None:
 
         if device.index != torch.cuda.current_device():
             guard = torch.cuda.device(device)
-    with guard:
-        compiled = kernel[grid](*args, **options)
+
+    def run():
+        return kernel[grid](*args, **options)
+
     observer = getattr(_observed, "by", None)
-    if observer is not None:
-        observer(kernel, grid, args, options, compiled)
+    with guard:
+        if observer is None:
+            run()
+        else:
+            observer(kernel, grid, args, options, run)
 
 
 @contextmanager
 def observed(observer: Callable) -> Iterator[None]:
-    """Inside, in this thread, `observer` is told of every launch: (kernel, grid, its arguments, its options, Triton's
-    compiled kernel; None in the interpreter)."""
+    """Inside, in this thread, `observer` is called in place of every launch: with the kernel, its grid, arguments and
+    options, and the launch itself, which gives Triton's compiled kernel (None in the interpreter)."""
     before, _observed.by = getattr(_observed, "by", None), observer
     try:
         yield

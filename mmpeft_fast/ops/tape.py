@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _Result = TypeVar("_Result")
 # Tapes that are kept, the least recently used dropped first; one is a few kilobytes.
@@ -39,8 +39,6 @@ _NOT_AGAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, t
 
 _logger = logging.getLogger(__name__)
 _enabled = True
-import os
-_TRACE = os.environ.get('TAPE_TRACE')
 _SEEN, _REFUSED = object(), object()
 _tapes: "OrderedDict[Hashable, object]" = OrderedDict()
 
@@ -95,10 +93,10 @@ def _geometry(tensors: Sequence[Tensor | None]) -> list:
         if tensor is None:
             found.append(None)
             continue
-        pointer, storage = tensor.data_ptr(), tensor.untyped_storage()._cdata
-        number, start = first.setdefault(storage, (len(first), pointer))
+        offset = tensor.storage_offset()
+        number, start = first.setdefault(tensor.untyped_storage()._cdata, (len(first), offset))
         found += (
-            tensor.shape, tensor.stride(), tensor.dtype, pointer % 16, number, pointer - start,
+            tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, number, offset - start,
             getattr(tensor, "spare_columns", 0),
         )  # fmt: skip
     return found
@@ -115,14 +113,14 @@ def _record(key: Hashable, tensors: Sequence[Tensor | None], function: Callable[
 
 
 def _place(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Storage(NamedTuple):
-    """Memory that a recording knows: the name of the first tensor there, where it begins, and all names by place."""
+    """Memory that a recording knows: the name of the first tensor there, its offset, and all names by place."""
 
     base: str
-    pointer: int
+    offset: int
     dtype: torch.dtype
     names: dict[tuple, str]
 
@@ -188,10 +186,12 @@ class _Recording(TorchDispatchMode):
         self._steps.append(_Step(f"{unpacked} = {call}", names, reads, is_pure))
         return result
 
-    def launch(self, kernel, grid: tuple[int, ...], args: tuple, options: dict, compiled) -> None:
-        """As `mmpeft_kernels.launch.observed` tells of every kernel that was launched."""
+    def launch(self, kernel, grid: tuple[int, ...], args: tuple, options: dict, run: Callable) -> None:
+        """Launches a kernel: an observer as of `mmpeft_kernels.launch.observed`."""
+        with _disable_current_modes():
+            compiled = run()
         self._reads = []
-        if compiled is None:  # Triton's interpreter
+        if compiled is None:  # by Triton's interpreter
             text = self._call(kernel[grid], args, options)
         else:
             values = dict(zip(kernel.arg_names, args, strict=False)) | options
@@ -221,7 +221,6 @@ class _Recording(TorchDispatchMode):
             lines.append(f"    stream = {self._constant(current_stream)}()")
         lines.append(f"def tape({', '.join(self._inputs)}):")
         space = dict(self._constants)
-        if _TRACE: print("\n".join(reversed(lines)))
         exec("\n".join(reversed(lines)), space)  # the text is made above, of names and numbers
         return space["tape"]
 
@@ -230,7 +229,7 @@ class _Recording(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor, name: str) -> None:
         """A tensor in memory of its own; what was known of that memory is over."""
-        storage = _Storage(name, tensor.data_ptr(), tensor.dtype, {_place(tensor): name})
+        storage = _Storage(name, tensor.storage_offset(), tensor.dtype, {_place(tensor): name})
         self._storages[tensor.untyped_storage()._cdata] = storage
 
     def _operand(self, value: object) -> str:
@@ -241,8 +240,14 @@ class _Recording(TorchDispatchMode):
         if known is None:
             return f"{self._tensor(value)}.data_ptr()"
         self._reads.append(known.base)
-        offset = value.data_ptr() - known.pointer
+        offset = self._offset(value, known) * value.element_size()
         return f"{known.base}.data_ptr()" + (f" + {offset}" if offset else "")
+
+    def _offset(self, tensor: Tensor, known: _Storage) -> int:
+        """Elements between the first tensor in the memory and this one."""
+        if tensor.dtype != known.dtype:
+            self._why_not = "a view of another dtype"
+        return tensor.storage_offset() - known.offset
 
     def _tensor(self, tensor: Tensor) -> str:
         known = self._storages.get(tensor.untyped_storage()._cdata)
@@ -252,9 +257,7 @@ class _Recording(TorchDispatchMode):
             return self._constant(tensor)
         name = known.names.get(_place(tensor))
         if name is None:
-            if tensor.dtype != known.dtype:
-                self._why_not = "a view of another dtype"
-            offset = (tensor.data_ptr() - known.pointer) // tensor.element_size()
+            offset = self._offset(tensor, known)
             at = f", {known.base}.storage_offset() + {offset}" if offset else ""
             name = known.names[_place(tensor)] = self._fresh()
             text = f"{name} = {known.base}.as_strided({tuple(tensor.shape)}, {tensor.stride()}{at})"
