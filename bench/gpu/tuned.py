@@ -6,7 +6,6 @@ Only what rows say is in the table: what no check speaks for is not proven, what
 """
 
 import argparse
-import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from statistics import fmean, geometric_mean
 
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.dtypes import DTYPES
-from mmpeft_fast.ops import dispatch
+from mmpeft_fast.ops import dispatch, tape
 
 # A tile or a way has to win by more than two measurements of the same thing differ.
 _NOISE = 0.01
@@ -254,12 +253,17 @@ def forced(
     """Inside, the Triton kernel set reads no table: `kernel` has the tile `fields` (None: its default), all others
     their defaults, and GEMMs run by `way`. Gives a function that changes the tile."""
     tile = [fields]
+
+    def take(fields: Mapping[str, int] | None) -> None:
+        tile[0] = fields
+        tape.forget()
+
     committed = dispatch.tile_fields, dispatch.gemm_realisation
     dispatch.tile_fields = lambda name, x, **sizes: tile[0] if name == kernel else None
     dispatch.gemm_realisation = lambda *args, **options: way
     try:
         with installed(Path("no tables")):
-            yield functools.partial(tile.__setitem__, 0)
+            yield take
     finally:
         dispatch.tile_fields, dispatch.gemm_realisation = committed
 

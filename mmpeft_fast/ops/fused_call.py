@@ -41,6 +41,12 @@ class CallSpec:
     eps: float
     segments: tuple[tuple[BranchSpec, ...], ...]
 
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash((self.prologue, self.eps, self.segments)))
+
+    def __hash__(self) -> int:  # once, not at every call
+        return self._hash
+
     @property
     def num_inputs(self) -> int:
         return 2 if self.prologue == "swiglu" else 1
@@ -198,14 +204,23 @@ def mask_key(dropout: float, stream: int, position: str, call_stream: int = 0) -
 
 
 def call_spec(prologue: str, eps: float, segments: Sequence[Segment], stream: int = 0) -> CallSpec:
+    """The same object for equal calls: comparing two of them costs nothing."""
+    return _call_spec(
+        prologue, eps, tuple([tuple([branch[2:] for branch in seg.branches]) for seg in segments]), stream
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_spec(prologue: str, eps: float, segments: tuple, stream: int) -> CallSpec:
+    """segments: of every branch what is not a tensor."""
     return CallSpec(
         prologue,
         eps,
         tuple(
             tuple(
-                BranchSpec(b.scaling, b.activation, b.position, mask_key(b.dropout, b.stream, b.position, stream))
-                for b in seg.branches
+                BranchSpec(scaling, activation, position, mask_key(dropout, own_stream, position, stream))
+                for scaling, activation, position, dropout, own_stream in branches
             )
-            for seg in segments
+            for branches in segments
         ),
     )

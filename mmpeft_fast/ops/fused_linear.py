@@ -12,7 +12,7 @@ a = D drop(h) only, recomputes h from x and z from a, and computes nothing that 
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,15 +41,15 @@ from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
 
 class _FusedLinear(torch.autograd.Function):
-    """Arguments after `runner` (None: the schedule on the kernels of the moment), `spec` and `carry`: residual, gain,
-    in_scale, seed, the inputs (one or two), then the segments' tensors in the order of `flatten_segments`. Returns a y
-    a segment and, with `carry`, the first input."""
+    """Arguments after `runner` (None: the schedule on the kernels of the moment), `check` (raises where the call does
+    not fit together), `spec` and `carry`: residual, gain, in_scale, seed, the inputs (one or two), then the segments'
+    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input."""
 
     @staticmethod
-    def forward(ctx, runner, spec, carry, *tensors):
+    def forward(ctx, runner, check, spec, carry, *tensors):
         ctx.runner, ctx.spec = runner or schedule.Runner(kernel_set("fused_linear", tensors[4])), spec
-        key = _forward, ctx.runner, spec, ctx.needs_input_grad[3:]
-        outputs, saved, ctx.lengths = _step(key, tensors)
+        key = _forward, ctx.runner, spec, ctx.needs_input_grad[4:]
+        outputs, saved, ctx.lengths = _step(key, tensors, check)
         ctx.output_shapes = [y.shape for y in outputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -66,16 +66,21 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
         dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
-        key = _backward, ctx.runner, ctx.spec, ctx.needs_input_grad[3:], ctx.lengths, len(dys)
-        return None, None, None, *_step(key, (*dys, dcarry, *ctx.saved_tensors))
+        key = _backward, ctx.runner, ctx.spec, ctx.needs_input_grad[4:], ctx.lengths, len(dys)
+        return None, None, None, None, *_step(key, (*dys, dcarry, *ctx.saved_tensors))
 
 
-def _step(key: tuple, tensors: Sequence[Tensor | None]):
-    """key: the step, its runner and what it is called with before the tensors."""
+def _step(key: tuple, tensors: Sequence[Tensor | None], check: Callable[[], None] | None = None):
+    """key: the step, its runner and what it is called with before the tensors. A call of a geometry that is on a tape
+    was checked when it was recorded."""
     step, runner, *arguments = key
-    if runner.is_taped:
-        return tape.run(key, tensors, functools.partial(step, runner, *arguments))
-    return step(runner, *arguments, *tensors)
+
+    def run(*tensors):
+        if check is not None:
+            check()
+        return step(runner, *arguments, *tensors)
+
+    return tape.run(key, tensors, run) if runner.is_taped else run(*tensors)
 
 
 def _forward(runner, spec: CallSpec, flags: tuple[bool, ...], *tensors: Tensor | None):
@@ -143,23 +148,25 @@ def fused_linear(
     if dtype is not None:
         options = {"prologue": prologue, "gain": gain, "eps": eps, "in_scale": in_scale, "seed": seed, "stream": stream}
         return _autocast(dtype, x, segments, residual, carry, options)
-    check_call(x, segments, prologue, gain, in_scale, residual)
+    check = functools.partial(check_call, x, segments, prologue, gain, in_scale, residual)
+    if torch.compiler.is_compiling() or len(x) != (2 if prologue == "swiglu" else 1):
+        check()
     if seed is None and any(mask_key(b.dropout, b.stream, b.position) for seg in segments for b in seg.branches):
         seed = draw_seed(x[0].device)
     if torch.compiler.is_compiling():
         y = _compiled(x, segments, prologue, gain, eps, in_scale, residual, seed, stream, carry)
     else:
         spec = call_spec(prologue, eps, segments, stream)
-        y = _apply(None, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments))
+        y = _apply(None, check, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments))
     return tuple(y) if len(y) > 1 else y[0]
 
 
-def _apply(runner, spec, carry, residual, gain, in_scale, seed, x, flat) -> list[Tensor]:
+def _apply(runner, check, spec, carry, residual, gain, in_scale, seed, x, flat) -> list[Tensor]:
     """`_FusedLinear` on tensors of any number of dimensions."""
     lead = x[0].shape[:-1]
     inputs = [schedule.with_plain_rows(part.reshape(-1, part.shape[-1])) for part in x]
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = _FusedLinear.apply(runner, spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flat)
+    y = _FusedLinear.apply(runner, check, spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flat)
     return [part.view(*lead, part.shape[-1]) for part in (y if isinstance(y, tuple) else (y,))]
 
 
@@ -186,7 +193,7 @@ def _traceable_fused_linear(
     spec = CallSpec(prologue, eps, tuple(tuple(itertools.islice(branches, number)) for number in num_branches))
     residual, gain, in_scale, seed, *rest = tensors
     x, flat = rest[: spec.num_inputs], rest[spec.num_inputs :]
-    return _apply(OpaqueRunner(provider), spec, carry, residual, gain, in_scale, seed, x, flat)
+    return _apply(OpaqueRunner(provider), None, spec, carry, residual, gain, in_scale, seed, x, flat)
 
 
 traceable(

@@ -7,19 +7,21 @@ is recorded, later ones run the recording: a Python function with a line a step,
 its last use. A recording holds no tensor but tables of integers that are cached for good, so it serves all layers of a
 model, and every batch of that length.
 
-A tape changes no result: the same ops and kernels run on the same operands in the same order.
+A tape changes no result: the same ops and kernels run on the same operands in the same order. MMPEFT_FAST_NO_TAPES=1
+does without them.
 """
 
 import itertools
 import logging
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _Result = TypeVar("_Result")
@@ -38,7 +40,7 @@ _BINDINGS: dict[object, Callable] = {
 _NOT_AGAIN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 
 _logger = logging.getLogger(__name__)
-_enabled = True
+_enabled = os.environ.get("MMPEFT_FAST_NO_TAPES") != "1"
 _SEEN, _REFUSED = object(), object()
 _tapes: "OrderedDict[Hashable, object]" = OrderedDict()
 
@@ -67,8 +69,11 @@ def run(key: Hashable, tensors: Sequence[Tensor | None], function: Callable[...,
     """
     if not _enabled or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return function(*tensors)
+    geometry = _geometry(tensors)
+    if geometry is None:
+        return function(*tensors)
     device = next(tensor.device for tensor in tensors if tensor is not None)
-    key = (key, device, torch.are_deterministic_algorithms_enabled(), *_geometry(tensors))
+    key = (key, device, torch.are_deterministic_algorithms_enabled(), *geometry)
     tape = _tapes.get(key)
     if callable(tape):
         if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -84,15 +89,17 @@ def run(key: Hashable, tensors: Sequence[Tensor | None], function: Callable[...,
     return function(*tensors)
 
 
-def _geometry(tensors: Sequence[Tensor | None]) -> list:
+def _geometry(tensors: Sequence[Tensor | None]) -> list | None:
     """What a function of tensors may decide by, their elements aside: shapes, strides, dtypes, alignment, spare columns
-    (`ops.layout`), which of them lie in one storage, and where."""
+    (`ops.layout`), which of them lie in one storage, and where. None where a tensor is more than its elements."""
     found: list = []
     first: dict[int, tuple[int, int]] = {}
     for tensor in tensors:
         if tensor is None:
             found.append(None)
             continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return None
         offset = tensor.storage_offset()
         number, start = first.setdefault(tensor.untyped_storage()._cdata, (len(first), offset))
         found += (

@@ -300,3 +300,11 @@ def test_threads_record_their_own_steps():
     for thread in threads:
         thread.join()
     assert {scale: result[0].item() for scale, result in results.items()} == {2.0: 3.0, 5.0: 6.0}
+
+
+def test_tensors_that_are_more_than_their_elements_are_left_alone():
+    class Tracked(torch.Tensor):
+        pass
+
+    _, ran = results_of(lambda x: x * 2, [[torch.zeros(3).as_subclass(Tracked)] for _ in range(4)])
+    assert ran == 4
