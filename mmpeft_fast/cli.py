@@ -28,6 +28,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
 
+# How torch's CPU allocator begins what it says when it finds no memory; the exception is a plain RuntimeError.
+_ALLOCATOR = "DefaultCPUAllocator: "
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -52,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.close()  # the reader of our output went away: nothing more to say, not even at exit
             return 1
         print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {_sentence(error).rpartition(_ALLOCATOR)[2]}", file=sys.stderr)
         return 2
 
 
@@ -80,7 +89,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _sentence(error: ValueError | OSError) -> str:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on a GPU or torch on a CPU (which has no class for it) found no memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in str(error)
+
+
+def _sentence(error: Exception) -> str:
     """An error as one line; an OSError names its file in front of the system's reason."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

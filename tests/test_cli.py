@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mmpeft_fast import __version__, cli
 
@@ -45,6 +46,12 @@ def test_version(capsys):
         (FileNotFoundError(2, "No such file or directory", "a.json"), "error: a.json: No such file or directory\n"),
         (PermissionError(13, "Permission denied", "out"), "error: out: Permission denied\n"),
         (OSError("no checkpoint\nin folder x"), "error: no checkpoint in folder x\n"),
+        (MemoryError(), "error: out of memory: MemoryError\n"),
+        (
+            RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 3 bytes."),
+            "error: out of memory: can't allocate memory: you tried 3 bytes.\n",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "error: out of memory: CUDA out of memory.\n"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error, sentence):
@@ -65,6 +72,9 @@ def test_interrupt_is_exit_code_130_and_says_how_to_go_on(monkeypatch, capsys):
 def test_a_bug_keeps_its_traceback(monkeypatch):
     fail_with(monkeypatch, TypeError("our own mistake"))
     with pytest.raises(TypeError):
+        cli.main(["doctor"])
+    fail_with(monkeypatch, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError):
         cli.main(["doctor"])
 
 

@@ -14,13 +14,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft_fast.data.conversations import Sample
-from mmpeft_fast.fields import at_least, check_value, shown
+from mmpeft_fast.fields import at_least, between, check_value, shown
 from mmpeft_fast.labels import IGNORE_INDEX
 
 # Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
 HOST_HINTS = ("supervised_capacity", "right_padded")
 
 # A question and an answer, as the shortest conversation that a template takes.
+# Longer than any sample: more would be a mistake, and fill the memory with padding.
+_MOST_MULTIPLE = 1 << 16
 _PAIR = [
     {"role": "user", "content": [{"type": "text", "text": "question"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "answer"}]},
@@ -58,7 +60,7 @@ class Collator:
         if loss not in ("publisher", "answers"):
             raise ValueError(f"loss: expected 'publisher' or 'answers', got {loss!r}")
         check_value("max_length", max_length, Annotated[int, at_least(1)] | None)
-        check_value("multiple_of", multiple_of, Annotated[int, at_least(1)])
+        check_value("multiple_of", multiple_of, Annotated[int, between(1, _MOST_MULTIPLE)])
         if not tokenizer.is_fast:
             raise ValueError(f"tokenizer: expected a fast one, which knows offsets, got {type(tokenizer).__name__}")
         if not processor.chat_template:

@@ -153,8 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="on an NVIDIA GPU, replay the fused decoder layers of shapes that come again (default: on)",
+        help="replay the fused decoder layers of shapes that come again (default: where there is an NVIDIA GPU)",
     )
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -291,7 +290,13 @@ def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tupl
 
 
 def _records_graphs(args: argparse.Namespace) -> bool:
-    return args.implementation == "fused" and args.cuda_graphs and not args.cpu and torch.cuda.is_available()
+    may_be = args.implementation == "fused" and not args.cpu and torch.cuda.is_available()
+    if args.cuda_graphs and not may_be:
+        found = (
+            "--cpu" if args.cpu else f"--implementation {args.implementation}" if torch.cuda.is_available() else "none"
+        )
+        raise ValueError(f"--cuda-graphs: expected an NVIDIA GPU and the fused implementation, got {found}")
+    return may_be if args.cuda_graphs is None else args.cuda_graphs
 
 
 def _summary(model: nn.Module, args: argparse.Namespace, implementation: str, num_samples: int) -> str:

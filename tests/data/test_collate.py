@@ -262,5 +262,5 @@ def test_bad_arguments(processor):
         Collator(processor, padding_side="top")
     with pytest.raises(ValueError, match="max_length: expected an integer of at least 1 or none, got 0"):
         Collator(processor, max_length=0)
-    with pytest.raises(ValueError, match="multiple_of: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="multiple_of: expected an integer of 1 to 65536, got 0"):
         Collator(processor, multiple_of=0)
