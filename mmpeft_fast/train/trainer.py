@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from mmpeft_fast.atomic import exclusive
-from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample, without_hints
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import takes_hints, verify_fused
 from mmpeft_fast.small_batches import cut_batch
@@ -274,7 +274,7 @@ class _Run:
         labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
         first = next(labelled, None)
         if first is not None:
-            verify_fused(self._model, cut_batch(first))
+            verify_fused(self._model, None if "documents" in first else cut_batch(first))
         self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:
@@ -295,7 +295,7 @@ class _Run:
         for index, batch in enumerate(batches):
             inputs = send_to_device(batch, accelerator.device, non_blocking=True)
             if not self._takes_hints:
-                inputs = {name: value for name, value in inputs.items() if name not in HOST_HINTS}
+                inputs = without_hints(inputs)
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(self._prepared):
                 loss = self._prepared(**inputs, num_items_in_batch=num_items).loss
