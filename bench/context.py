@@ -40,12 +40,12 @@ def batches(args) -> dict[str, dict]:
         "inputs_embeds": torch.cat((embeddings[:context].expand(count, -1, -1), answers), dim=1),
         "labels": torch.cat((nothing.expand(count, -1), labels), dim=1),
     }
-    positions = torch.arange(context + answer)
+    documents = Documents((((context, -1), *((answer, 0),) * count),))
     shared = {
         "inputs_embeds": embeddings[None],
         "labels": torch.cat((nothing, labels.flatten()))[None],
-        "position_ids": torch.cat((positions[:context], positions[context:].repeat(count)))[None],
-        "documents": Documents((((context, -1), *((answer, 0),) * count),)),
+        "position_ids": documents.position_ids(),
+        "documents": documents,
     }
     return {"separate": separate, "shared": shared}
 

@@ -88,6 +88,21 @@ class Documents:
                         below.setdefault(depth, []).append(Span(row_idx, stop, ends[index], start, stop))
         return (tuple(own), *(tuple(below[depth]) for depth in sorted(below)))
 
+    def position_ids(self, length: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """[B, length] int64: a document goes on where its parent ends; 0 for padding. length: of the longest row where
+        None."""
+        length = max(self.lengths, default=0) if length is None else length
+        positions = torch.zeros(len(self.rows), length, dtype=torch.long)
+        for row_idx, row in enumerate(self.rows):
+            ends: list[int] = []
+            start = 0
+            for size, parent in row:
+                first = 0 if parent < 0 else ends[parent]
+                positions[row_idx, start : start + size] = torch.arange(first, first + size)
+                ends.append(first + size)
+                start += size
+        return positions.to(device)
+
     def mask(self, length: int, device: torch.device | str = "cpu") -> Tensor:
         """[B, 1, length, length] bool: True where a query (third dimension) attends to a key. Padding attends to
         itself, so that no row of scores is empty."""

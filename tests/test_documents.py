@@ -80,7 +80,9 @@ def batch_of(documents: Documents, length: int, share: int = 2) -> dict[str, tor
     for row, used in enumerate(documents.lengths):
         labels[row, 1:used:share] = ids[row, 1:used:share]
     labels.masked_fill_(not_targets(documents, length, labels.device), -100)
-    return {"input_ids": ids, "position_ids": positions_of(documents, length), "labels": labels}
+    positions = documents.position_ids(length)
+    assert torch.equal(positions, positions_of(documents, length))
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -71,19 +71,18 @@ class SharedContextCollator(Collator):
             row["labels"][0] = IGNORE_INDEX  # nothing precedes it
         groups = self._groups(samples) if self.context == "shared" else [[index] for index in range(len(samples))]
         with_image = [index for index, sample in enumerate(samples) if sample.image is not None]
-        packed = {"input_ids": [], "labels": [], "position_ids": []}
-        documents: list[tuple[int, int]] = []
+        packed = {"input_ids": [], "labels": []}
+        lengths: list[tuple[int, int]] = []
         images: list[int] = []
 
         def add(index: int, start: int, stop: int | None, parent: int) -> None:
-            for name in ("input_ids", "labels"):
-                packed[name].append(rows[index][name][start:stop])
-            packed["position_ids"].append(torch.arange(start, start + len(packed["labels"][-1])))
-            documents.append((len(packed["labels"][-1]), parent))
+            for name, parts in packed.items():
+                parts.append(rows[index][name][start:stop])
+            lengths.append((len(packed["labels"][-1]), parent))
 
         for members in groups:
             shared = self._shared(rows, members)
-            context = len(documents)
+            context = len(lengths)
             if shared:
                 add(members[0], 0, shared, -1)
             for index in members:
@@ -92,7 +91,8 @@ class SharedContextCollator(Collator):
             images += [with_image.index(index) for index in shown if samples[index].image is not None]
 
         batch = {name: torch.cat(parts)[None] for name, parts in packed.items()}
-        batch["attention_mask"] = torch.ones_like(batch["labels"])
+        documents = Documents((tuple(lengths),))
+        batch |= {"position_ids": documents.position_ids(), "attention_mask": torch.ones_like(batch["labels"])}
         missing = -batch["labels"].shape[1] % self.multiple_of
         padding = {"input_ids": self._pad_token_id, "labels": IGNORE_INDEX}
         batch = {
@@ -102,9 +102,7 @@ class SharedContextCollator(Collator):
         if images != list(range(len(with_image))):
             image_inputs = {name: value[images] for name, value in image_inputs.items()}
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
-        return {
-            **batch, **image_inputs, "documents": Documents((tuple(documents),)), "supervised_capacity": capacity,
-        }  # fmt: skip
+        return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
 
     def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Indices of the samples of each image, in the order in which images come first."""

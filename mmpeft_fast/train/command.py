@@ -146,6 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
     group.add_argument("--global-batch-size", type=int, metavar="N", help="samples per optimizer step (128)")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples per forward on one device (16)")
+    group.add_argument(
+        "--order",
+        choices=("shuffled", "by-image"),
+        help="of samples: each for itself, or those of one image together, for --context shared (default: shuffled)",
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", default=None)
     group.add_argument("--seed", type=int, metavar="N")
 

@@ -99,6 +99,7 @@ def train(
         seed=config.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        groups=_images_of(dataset) if config.order == "by-image" else None,
     )
     writes = output is not None and accelerator.is_main_process
     with ExitStack() as held:
@@ -360,6 +361,13 @@ def _count(batches: list[dict[str, Any]]) -> tuple[int, int]:
     """Tokens without padding, and next-token targets, in a step's micro-batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return tokens, sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def _images_of(dataset: Sequence[Sample]) -> tuple[int, ...]:
+    """A number for each sample, the same for those of one image file; a sample without one has its own."""
+    numbers: dict[Any, int] = {}
+    images = (dataset[index].image or index for index in range(len(dataset)))
+    return tuple(numbers.setdefault(image, len(numbers)) for image in images)
 
 
 def _connector_parameters(model: nn.Module) -> list[nn.Parameter]:
