@@ -46,7 +46,9 @@ def test_a_figure_without_a_row_is_one_sentence(tmp_path, monkeypatch, capsys, n
     (tmp_path / "README.md").write_text(f"<!--fig {name}-->1<!--/-->")
     assert figures.main([]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: README.md: expected") and message in error and error.count("\n") == 1
+    assert (
+        error.startswith("error: README.md: ") and "expected" in error and message in error and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
