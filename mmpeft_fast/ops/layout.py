@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmpeft_fast.ops import stacking
 from mmpeft_fast.ops.kernel_set import Term
 
 _ATTRIBUTE = "spare_columns"
@@ -57,25 +58,23 @@ def multiply(buffers: Joint, terms: Sequence[Term], *, bias: Tensor | None, resi
     """h W^T + the terms + bias + residual [M, N]; h is in its place, z and s U are copied to theirs."""
     weight, operand, h = buffers
     width = h.shape[1]
+    if len(terms) > 1:  # in one pass, whatever the terms' rows
+        weight[:, width:].zero_()
     column = width
     for term in terms:
         end = column + term.z.shape[1]
-        operand[:, column:end].copy_(term.z)
-        _block(weight, width, term, column, end)
+        block = weight[:, column:end]
+        torch.mul(term.up, term.scaling, out=block[term.start : term.stop])
+        if len(terms) == 1 and term.stop - term.start < len(block):
+            block[: term.start].zero_()
+            block[term.stop :].zero_()
         column = end
-    operand[:, column:].zero_()
+    if terms:
+        operand[:, width:column].copy_(stacking.columns([term.z for term in terms]))
+    if column < operand.shape[1]:
+        operand[:, column:].zero_()
     if bias is None and residual is None:
         return operand @ weight.t()
     if bias is None or residual is None:
         return torch.addmm(residual if bias is None else bias, operand, weight.t())
     return torch.addmm(bias, operand, weight.t()).add_(residual)
-
-
-def _block(weight: Tensor, width: int, term: Term, column: int, end: int) -> None:
-    """s U in the term's rows, 0 in the other rows of its columns."""
-    rows = weight[:, column:end]
-    torch.mul(term.up, term.scaling, out=rows[term.start : term.stop])
-    if term.start > 0:
-        rows[: term.start].zero_()
-    if term.stop < rows.shape[0]:
-        rows[term.stop :].zero_()
