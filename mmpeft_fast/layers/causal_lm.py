@@ -16,7 +16,7 @@ from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
 from mmpeft_fast.layers.reading import is_fused
-from mmpeft_fast.layers.sites import Unfusable, has_hooks, read_linear, read_norm, runs_as_known
+from mmpeft_fast.layers.sites import Unfusable, has_hooks, is_plain, read_linear, read_norm, runs_as_known
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
 from mmpeft_fast.ops.segments import Segment
@@ -229,7 +229,7 @@ class FusedCausalLM(Swapped):
         supervised = (targets != IGNORE_INDEX).sum()
         count = supervised if count is None else torch.as_tensor(count, device=hidden.device)
         head = _plain_head(self.lm_head)
-        if head is None:
+        if head is None or not is_plain(hidden):
             # An adapted, wrapped or hooked head computes its own logits; they are few.
             logits = self.lm_head(hidden).float()
             total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
