@@ -107,6 +107,11 @@ def replace(owner, name):
     return modify
 
 
+def replace_repeating(model, patch):
+    patch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
+    replace(sdpa_attention, "repeat_kv")(model, patch)
+
+
 class Scaling(torch.Tensor):
     """Says itself what linear layers do with it, and so do all that are computed from it."""
 
@@ -242,7 +247,7 @@ MODIFICATIONS = {
     "the attention of the model's own file": patch_default_attention,
     "attention's kernel wrapped": wrap(nn.functional, "scaled_dot_product_attention"),
     "attention's kernel replaced": replace(nn.functional, "scaled_dot_product_attention"),
-    "a function of the chosen attention": replace(sdpa_attention, "repeat_kv"),
+    "a function of the chosen attention": replace_repeating,
     "the activation's function wrapped": wrap(nn.functional, "silu"),
     "the linear layers' function wrapped": wrap(nn.functional, "linear"),
     "a tensor's method replaced": replace(torch.Tensor, "pow"),

@@ -5,6 +5,7 @@ of the layer or of a module below it, no hook, no class, no function that the li
 implementation.
 """
 
+import contextlib
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import NamedTuple
@@ -204,10 +205,8 @@ class Reading:
             roles = (*paths.projections, "o", "gate", "up", "down")
             self._moving = [role for role, site in zip(roles, self._sites.linears, strict=True) if not site.is_found]
         lookups = list(known.lookups_of({own_class(module) for module in modules}))
-        try:
+        with contextlib.suppress(AttributeError):  # of a layer that is built differently
             lookups += _attention_lookups(paths.attention_of(layer))
-        except AttributeError:  # a layer that is built differently
-            pass
         once = {(id(lookup.owner), lookup.name): lookup for lookup in lookups}
         self._snapshot = snapshot.take(modules, list(once.values()), self)
 
