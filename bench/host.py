@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.rows import append_rows, environment
 from mmpeft_fast import LoRA, fuse
-from mmpeft_fast.ops import dispatch
+from mmpeft_fast.ops import dispatch, tape
 from mmpeft_fast.ops.providers import provider
 from mmpeft_fast.stored.baseline import add_baseline
 
@@ -201,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON-lines file to append the row to")
     args = parser.parse_args(arguments)
     found = layer_times(args.rounds, args.gpu)
-    row = {"op": "host", "mode": "fwd_bwd", "method": "lora", "dtype": "bf16", "gpu": args.gpu, **found}
+    settings = {"method": "lora", "dtype": "bf16", "gpu": args.gpu, "tapes": tape.is_on()}
+    row = {"op": "host", "mode": "fwd_bwd", **settings, **found}
     if args.json:
         print(json.dumps(row))
     else:

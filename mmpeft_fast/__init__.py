@@ -23,6 +23,7 @@ _HOMES = {
     "save_peft": "stored.checkpoint",
     "study_method": "peft_model",
     "unfuse": "peft_model",
+    "Documents": "documents",
     "Method": "methods",
     "Placement": "placement",
     "BranchPlacement": "placement",

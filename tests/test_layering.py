@@ -13,7 +13,18 @@ PACKAGE = ROOT / "mmpeft_fast"
 CORE = {"methods", "models", "layers", "ops", "mmpeft_kernels"}
 PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "stored"}
 # Leaves that every part may import.
-SHARED = {"atomic", "closeness", "dtypes", "fields", "json_text", "labels", "measure", "placement", "version"}
+SHARED = {
+    "atomic",
+    "closeness",
+    "documents",
+    "dtypes",
+    "fields",
+    "json_text",
+    "labels",
+    "measure",
+    "placement",
+    "version",
+}
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
@@ -37,6 +48,7 @@ ALLOWED = {
     "atomic": set(),
     "placement": set(),
     "plugins": set(),
+    "documents": set(),
     "dtypes": set(),
     "labels": set(),
     "fields": set(),

@@ -29,6 +29,15 @@ _PAIR = [
 ]
 
 
+def without_hints(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch for a model that knows no hints: documents become a dense attention mask."""
+    plain = {name: value for name, value in batch.items() if name not in (*HOST_HINTS, "documents")}
+    if "documents" in batch:
+        labels = batch["labels"]
+        plain["attention_mask"] = batch["documents"].mask(labels.shape[1], labels.device)
+    return plain
+
+
 class Collator:
     """Turn samples into a batch for training: `Collator(processor)(samples)`.
 

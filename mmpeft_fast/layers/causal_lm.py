@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mmpeft_fast.documents import Documents, check_documents, not_targets
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
@@ -106,6 +107,10 @@ class FusedCausalLM(Swapped):
     attention then needs no mask. Under torch.compile neither is read from tensors: without them the tail takes all
     positions, and attention the mask. `num_items_in_batch` divides the summed loss, as in transformers. A
     `supervised_capacity` that is too small is an error on the CPU and a loss of nan elsewhere.
+
+    `documents` (`mmpeft_fast.Documents`), with position_ids and without a cache, says which tokens of a row see which.
+    It stands in place of attention_mask, which is then not read. Where a layer does not run fused, all take a dense
+    mask.
     """
 
     keep_logits = False
@@ -117,12 +122,15 @@ class FusedCausalLM(Swapped):
     def forward(self, *args, **kwargs):
         hints = {name: kwargs.get(name) for name in ("supervised_capacity", "right_padded")}
         _check_capacity(hints["supervised_capacity"])
+        documents = kwargs.get("documents")
         # A dict of our own: a compiler does not look through what others do once it has seen the caller's changed.
-        kwargs = {name: value for name, value in kwargs.items() if name not in hints}
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*hints, "documents")}
         base_forward = super().forward
         if args:
             # Only the names bound to positions matter here; transformers' models are called by keyword.
             kwargs = dict(zip(inspect.signature(base_forward).parameters, args, strict=False)) | kwargs
+        if documents is not None:
+            kwargs |= self._of_documents(documents, kwargs)
         is_free = self._returns_fields(kwargs) and not self._may_be_packed(kwargs)
         if self.training and is_free and kwargs.get("use_cache") is None:
             # A training pass has no use for keys and values, where nobody counts on their place in a tuple.
@@ -130,6 +138,46 @@ class FusedCausalLM(Swapped):
         if self.training and not self.keep_logits and self._takes_loss(kwargs):
             return self._loss_from_tail(**hints, **kwargs)
         return base_forward(**kwargs)
+
+    def _of_documents(self, documents: Documents, kwargs: dict) -> dict:
+        """What a call has beside its own arguments where its rows are documents.
+
+        Raises:
+            ValueError: what the rows hold cannot be told, or would not be computed.
+        """
+        inputs = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        (batch, length), labels = inputs.shape[:2], kwargs.get("labels")
+        check_documents(documents, batch, length)
+        if kwargs.get("position_ids") is None and any(len(row) > 1 for row in documents.rows):
+            raise ValueError("documents: expected position_ids, which begin anew with each document, got none")
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError("documents: expected a call without a cache of keys and values, got one with")
+        if not self.full_attention:
+            raise ValueError("documents: expected attention to every token before, but the decoder's window slides")
+        if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.shape == (batch, length):
+            marked = (labels != IGNORE_INDEX) & not_targets(documents, length, labels.device)
+            if marked.any():
+                row, position = marked.nonzero()[0].tolist()
+                raise ValueError(
+                    "documents: expected labels where one token beside it predicts another, not on a document's first "
+                    f"token nor on what several documents share, got one at row {row}, position {position}"
+                )
+        if self._runs_fused():
+            # Of four dimensions, so that no mask is made of it; the layers do not read it.
+            return {
+                "documents": documents, "use_cache": False,
+                "attention_mask": torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+            }  # fmt: skip
+        mask = documents.mask(length, inputs.device)
+        if self.config.get_text_config()._attn_implementation == "eager":
+            dtype = next(self.parameters()).dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return {"use_cache": False, "attention_mask": mask}
+
+    def _runs_fused(self) -> bool:
+        """Whether every layer of the decoder would run fused, and is called as it is known to be."""
+        layers = self._mark_tail()
+        return bool(layers) and all(is_fused(layer, self.paths) and not has_hooks(layer) for layer in layers)
 
     def _may_be_packed(self, kwargs) -> bool:
         """Without a mask and a cache transformers takes positions that jump for several sequences in one."""
@@ -166,7 +214,7 @@ class FusedCausalLM(Swapped):
         keep = kwargs.get("logits_to_keep", 0)
         if isinstance(keep, Tensor) or keep:
             return False
-        unknown = set(kwargs) - _KEYWORDS - _parameters_of(own_class(self))
+        unknown = set(kwargs) - _KEYWORDS - _parameters_of(own_class(self)) - {"documents"}
         if any(name != "shift_labels" or kwargs[name] is not None for name in unknown):
             return False
         return why_not_known(self) is None
@@ -196,6 +244,7 @@ class FusedCausalLM(Swapped):
         logits_to_keep=0,
         return_dict=None,
         shift_labels=None,
+        documents=None,
         **kwargs,
     ):
         rows, targets = supervised_targets(labels, supervised_capacity)
@@ -214,13 +263,19 @@ class FusedCausalLM(Swapped):
                 tail["ignore_padding"] = True
             if self.sparse_last_layer and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]:
                 tail["supervised_rows"] = rows
+        if documents is not None:
+            tail["documents"] = documents
         outputs = self.base_model(**kwargs, **tail)
         hidden = outputs.last_hidden_state
         if "supervised_rows" not in tail and rows.shape[1] < hidden.shape[1]:
             hidden = take_rows(hidden, rows)
         loss = self._head_loss(hidden.flatten(0, 1), targets.flatten(), num_items_in_batch)
-        if supervised_capacity is not None and rows.shape[1] < labels.shape[1] and labels.device.type != "cpu":
-            loss = loss * overflow(labels, supervised_capacity)
+        if labels.device.type != "cpu":
+            if supervised_capacity is not None and rows.shape[1] < labels.shape[1]:
+                loss = loss * overflow(labels, supervised_capacity)
+            if documents is not None:  # what is an error on the CPU
+                marked = (labels != IGNORE_INDEX) & not_targets(documents, labels.shape[1], labels.device)
+                loss = loss * torch.where(marked.any(), torch.nan, 1.0)
         names = ("past_key_values", "hidden_states", "attentions", "image_hidden_states", "video_hidden_states")
         fields = {name: outputs.get(name) for name in names}
         return self.output_class(loss=loss, **{k: v for k, v in fields.items() if v is not None})

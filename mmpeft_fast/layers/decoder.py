@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
+from mmpeft_fast.documents import Documents
 from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphs import Inputs, LayerGraphs
@@ -37,7 +38,8 @@ class FusedDecoderLayer(Swapped):
     layer: given `supervised_rows` [B, C] it computes queries (but those of a fused qkv), o, and the MLP at those
     positions only and returns [B, C, H]; keys and values are needed everywhere. `ignore_padding`: causality alone
     keeps padding out of every row that counts, so the mask is not needed. `prefix`: keys and values before the
-    text's, where the call brings them; `attn.prefix` is one that the model has for good.
+    text's, where the call brings them; `attn.prefix` is one that the model has for good. `documents`: which tokens see
+    which, in place of the mask; never with a cache.
 
     `graphs`: replays training passes as CUDA graphs, for all layers of a model; None: every call runs eagerly.
 
@@ -63,6 +65,7 @@ class FusedDecoderLayer(Swapped):
         supervised_rows: Tensor | None = None,
         ignore_padding: bool = False,
         prefix: CallPrefix | None = None,
+        documents: Documents | None = None,
         **kwargs,
     ) -> Tensor:
         x, paths = hidden_states, self.paths
@@ -72,26 +75,28 @@ class FusedDecoderLayer(Swapped):
             check_arguments(paths.attention_of(self), x, attention_mask, kwargs)
         except Unfusable as reason:
             self._check_own_forward(reason, prefix)
+            if documents is not None:
+                attention_mask = documents.mask(x.shape[1], x.device)
             query = {} if query_scale is None else {"query_scale": query_scale}
             y = super().forward(
                 x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                 use_cache=use_cache, position_embeddings=position_embeddings, **query, **kwargs,
             )  # fmt: skip
             return y if rows is None else take_rows(y, rows)
-        mask = None if ignore_padding else full_mask(attention_mask, x.shape[1])
+        mask = None if ignore_padding or documents is not None else full_mask(attention_mask, x.shape[1])
         # One draw a layer; `stream` keeps the masks of its four calls apart.
         draws = any(branch.dropout > 0.0 for site in sites.linears for branch in site.segment.branches)
         seed = draw_seed(x.device) if draws else None
         # A layer that somebody moved takes its place in the cache, and its part of HF PEFT's prefix, along.
         place = getattr(paths.attention_of(self), "layer_idx", self.cache_idx)
         inputs = Inputs(x, *position_embeddings, mask, seed, *self._prefix(prefix, place))
-        if self.graphs is not None and rows is None and past_key_values is None and query_scale is None:
+        if self.graphs is not None and all(part is None for part in (rows, past_key_values, query_scale, documents)):
             settings = self._head_settings()
             y = self.graphs.run(self, self.cache_idx, sites, settings, inputs, self._compute)
             if y is not None:
                 return y
         cache = None if past_key_values is None else (past_key_values, place)
-        return self._compute(sites, inputs, rows=rows, cache=cache, query_scale=query_scale)
+        return self._compute(sites, inputs, rows=rows, cache=cache, query_scale=query_scale, documents=documents)
 
     def _prefix(self, prefix: CallPrefix | None, place: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Keys and values [HK, P, DH] before the text's, as the call or the model has them."""
@@ -101,7 +106,14 @@ class FusedDecoderLayer(Swapped):
         return attn.prefix() if hasattr(attn, "prefix") else (None, None)
 
     def _compute(
-        self, sites: LayerSites, inputs: Inputs, *, rows: Tensor | None = None, cache=None, query_scale=None
+        self,
+        sites: LayerSites,
+        inputs: Inputs,
+        *,
+        rows: Tensor | None = None,
+        cache=None,
+        query_scale=None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The layer's output from what it was read as. cache: keys and values of earlier calls and the layer's place
         there."""
@@ -135,7 +147,7 @@ class FusedDecoderLayer(Swapped):
         if query_scale is not None:
             q = (q * query_scale).to(q.dtype)
 
-        attended = self._attend((q, k, v), scales, sites.head_norms, inputs, cache, rows)
+        attended = self._attend((q, k, v), scales, sites.head_norms, inputs, cache, rows, documents)
         x1 = fused_linear(attended, [o.segment], in_scale=o.in_scale, residual=x, seed=seed, stream=1)
 
         gain, eps = sites.post_attention_norm
@@ -167,7 +179,7 @@ class FusedDecoderLayer(Swapped):
         attn = self.paths.attention_of(self)
         return attn.head_dim, getattr(attn, "scaling", attn.head_dim**-0.5)
 
-    def _attend(self, raw, scales, head_norms, inputs: Inputs, cache, rows) -> Tensor:
+    def _attend(self, raw, scales, head_norms, inputs: Inputs, cache, rows, documents) -> Tensor:
         head_dim, scale = self._head_settings()
         gains = [None if norm is None else norm.gain for norm in head_norms]
         head_eps = next((norm.eps for norm in head_norms if norm is not None), 0.0)
@@ -175,8 +187,8 @@ class FusedDecoderLayer(Swapped):
         cos, sin, mask, prefix = inputs.cos, inputs.sin, inputs.mask, inputs.prefix
         if cache is None:
             return attention(
-                *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, q_how=q_how, k_how=k_how,
-                v_scale=v_how.scale, eps=head_eps, prefix=prefix, overwrite=True,
+                *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, documents=documents, q_how=q_how,
+                k_how=k_how, v_scale=v_how.scale, eps=head_eps, prefix=prefix, overwrite=True,
             )  # fmt: skip
         # Cached decoding: plain differentiable torch on what the cache returns.
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)

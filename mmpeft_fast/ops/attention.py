@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmpeft_fast.documents import Documents, check_documents
 from mmpeft_fast.ops import tape
 from mmpeft_fast.ops.attention_schedule import (
     NUM_DIFFERENTIABLE,
@@ -120,6 +121,7 @@ def attention(
     scale: float | None = None,
     mask: Tensor | None = None,
     rows: Tensor | None = None,
+    documents: Documents | None = None,
     q_how: HeadTransform = HeadTransform(),  # noqa: B008 - an immutable tuple
     k_how: HeadTransform = HeadTransform(),  # noqa: B008
     v_scale: Tensor | None = None,
@@ -136,6 +138,7 @@ def attention(
             one, in which q and k are then rotated.
         scale: of the scores; DH ** -0.5 when None.
         mask: None (causal), or [B or 1, 1, T, T] bool (True = may attend) or additive, which replaces causality.
+        documents: of the B rows of T tokens, in place of a mask: which tokens see which (`documents.py`).
         q_how, k_how: scale [heads * DH] and head-norm gain [DH] of q and k; v_scale: [HK * DH].
         eps: of the head norms.
         prefix: trainable keys and values, each [HK, P, DH], any float dtype.
@@ -146,7 +149,7 @@ def attention(
         [B, T or C, H * DH] in q's dtype; under autocast in autocast's.
 
     Raises:
-        ValueError: widths do not fit together.
+        ValueError: widths do not fit together, or documents and a mask.
     """
     q_width, kv_width = q.shape[-1], k.shape[-1]
     if q_width % head_dim or kv_width % head_dim or q_width % kv_width or k.shape != v.shape:
@@ -164,13 +167,22 @@ def attention(
             f"attention: expected prefix keys and values [{kv_width // head_dim}, P, {head_dim}], "
             f"got {[list(part.shape) for part in prefix]}"
         )
+    if documents is not None:
+        if mask is not None:
+            raise ValueError("attention: expected documents or a mask, got both")
+        check_documents(documents, k.shape[0], k.shape[1])
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = (part.to(dtype) for part in (q, k, v))
     cos_q, sin_q = cos, sin
     if rows is not None:
         cos_q, sin_q = take_rows(cos, rows), take_rows(sin, rows)
-        mask = _causal_rows(rows, k.shape[1]) if mask is None else take_rows(mask[:, 0], rows)[:, None]
+        if documents is not None:
+            mask = documents.mask_of(rows, k.shape[1])
+        else:
+            mask = _causal_rows(rows, k.shape[1]) if mask is None else take_rows(mask[:, 0], rows)[:, None]
+    elif documents is not None and torch.compiler.is_compiling():
+        mask = documents.mask(k.shape[1], k.device)
     prefix_k, prefix_v = prefix if prefix is not None else (None, None)
     tensors = (
         q, k, v, q_how.scale, k_how.scale, v_scale, q_how.gain, k_how.gain, prefix_k, prefix_v,
@@ -180,7 +192,7 @@ def attention(
     with without_autocast(q):
         if torch.compiler.is_compiling():
             return torch.ops.mmpeft_fast.attention(forced_provider(), list(tensors), *options)
-        return _Attention.apply(None, overwrite, *tensors, *options)
+        return _Attention.apply(None, overwrite, *tensors, *options, documents if mask is None else None)
 
 
 def concat_prefix_attention(

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmpeft_fast.documents import Documents
 from mmpeft_fast.ops import stacking
+from mmpeft_fast.ops.documents_attention import documents_backward, documents_forward
 from mmpeft_fast.ops.flash import FlashResult, flash_backward, flash_forward
 from mmpeft_fast.ops.kernel_set import HeadTransform, Rotation
 
@@ -33,6 +35,7 @@ class AttentionCall(NamedTuple):
     eps: float
     scale: float
     causal: bool
+    documents: Documents | None = None
 
     @property
     def how(self) -> tuple[HeadTransform, HeadTransform, HeadTransform]:
@@ -91,7 +94,10 @@ def forward(
     transformed = kernels.heads(
         q, k, call.v, call.how, call.rotation, head_dim=call.head_dim, eps=call.eps, overwrite=(*in_place, False)
     )
-    result = flash_forward(*transformed, call.mask, call.causal, call.scale)
+    if call.documents is not None:
+        result = documents_forward(*transformed, call.documents, call.scale)
+    else:
+        result = flash_forward(*transformed, call.mask, call.causal, call.scale)
     if call.prefix_k is not None:
         out, lse = kernels.merge_prefix(
             transformed[0], call.prefix_k, call.prefix_v, result.out, result.lse,
@@ -116,7 +122,10 @@ def backward(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # that of a sum is one number
     out, dout = as_heads(kept.out, head_dim), as_heads(dout, head_dim)
     result = FlashResult(out, kept.lse, kept.extra, kept.kernel)
-    dq, dk, dv = flash_backward(dout, q, k, v, result, call.mask, call.causal, call.scale)
+    if call.documents is not None:
+        dq, dk, dv = documents_backward(dout, q, k, v, result, call.documents, call.scale)
+    else:
+        dq, dk, dv = flash_backward(dout, q, k, v, result, call.mask, call.causal, call.scale)
     dprefix_k = dprefix_v = None
     if call.prefix_k is not None:
         dq, dprefix_k, dprefix_v = kernels.prefix_backward(

@@ -68,16 +68,21 @@ def _may_use_cudnn(q: Tensor) -> bool:
     )
 
 
+def has_flash_kernel(q: Tensor) -> bool:
+    """Whether the library's flash attention on a GPU takes queries like q."""
+    half, head_dim = q.dtype in (torch.float16, torch.bfloat16), q.shape[-1]
+    return half and head_dim % 8 == 0 and head_dim <= _CUDA_FLASH_MAX_HEAD_DIM
+
+
 def _kernel(q: Tensor, k: Tensor, mask: Tensor | None) -> str:
     if not (q.numel() and k.numel()):
         return "math"  # torch's CPU kernel divides by the number of queries
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type in ("cuda", "meta"):
-        head_dim, half = q.shape[-1], q.dtype in (torch.float16, torch.bfloat16)
-        if half and mask is None and head_dim % 8 == 0 and head_dim <= _CUDA_FLASH_MAX_HEAD_DIM:
+        if mask is None and has_flash_kernel(q):
             return "cudnn" if _may_use_cudnn(q) else "cuda_flash"
-        if q.dtype != torch.float64 and head_dim % 8 == 0:
+        if q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
             return "cuda_efficient"
     return "math"
 

@@ -53,7 +53,7 @@ class OpaqueAttentionRunner(NamedTuple):
 
 
 def _flatten(call: AttentionCall) -> tuple:
-    return list(call[:NUM_TENSORS]), *call[NUM_TENSORS:]
+    return list(call[:NUM_TENSORS]), *call[NUM_TENSORS:-1]  # documents are a mask where a compiler looks
 
 
 def _has_joint_grads(call: AttentionCall, need: tuple[bool, ...]) -> bool:

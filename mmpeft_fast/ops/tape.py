@@ -56,6 +56,10 @@ def no_tapes() -> Iterator[None]:
         _enabled = before
 
 
+def is_on() -> bool:
+    return _enabled
+
+
 def forget() -> None:
     """Forgets all tapes: what they were recorded from is decided otherwise now."""
     _tapes.clear()

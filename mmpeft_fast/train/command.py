@@ -16,17 +16,20 @@ from torch import nn
 from mmpeft_fast import add_peft, fuse, save_peft, study_method
 from mmpeft_fast.atomic import exclusive, write_text
 from mmpeft_fast.data import (
+    CONTEXTS,
     Collator,
     Sample,
+    SharedContextCollator,
     check_images,
     easy_vqa_conversations,
     load_conversations,
     train_tokenizer,
+    why_not_packed,
 )
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import shown
 from mmpeft_fast.methods import METHODS, make_method
-from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_names, tiny_processor
+from mmpeft_fast.models import FAMILIES, base_model, family_of, load_pretrained, tiny_model, tiny_names, tiny_processor
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.checkpoint import check_replaceable
 from mmpeft_fast.train.config import TrainConfig
@@ -112,7 +115,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what counts: as the model's publisher fine-tunes (Qwen-VL-Chat: the turns' markers too, samples cut "
         "wherever --max-length falls), or answers alone; the same for other families (default: %(default)s)",
     )
-    group.add_argument("--padding-side", choices=("right", "left"), default="right", help="(default: %(default)s)")
+    group.add_argument(
+        "--context",
+        choices=(*CONTEXTS, "padded"),
+        help="how samples lie in a batch: behind one another, what those of one image begin with alike once (shared); "
+        "behind one another, each whole (packed); in rows of their own (default: shared where the fused model can and "
+        "no CUDA graphs are recorded, else padded)",
+    )
+    group.add_argument("--padding-side", choices=("right", "left"), help="of --context padded (default: right)")
     group.add_argument(
         "--pad-to-multiple-of",
         type=int,
@@ -136,6 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
     group.add_argument("--global-batch-size", type=int, metavar="N", help="samples per optimizer step (128)")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples per forward on one device (16)")
+    group.add_argument(
+        "--order",
+        choices=("shuffled", "by-image"),
+        help="of samples: each for itself, or those of one image together, for --context shared (default: shuffled)",
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", default=None)
     group.add_argument("--seed", type=int, metavar="N")
 
@@ -181,12 +196,12 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = _load_model(args.model, DTYPES[args.dtype], samples, config.seed)
     config = TrainConfig.for_study(args.method, family_of(model).name, **overrides)
-    multiple_of = args.pad_to_multiple_of
+    context, multiple_of = _context(args, model, processor), args.pad_to_multiple_of
     if multiple_of is None:
-        multiple_of = _GRAPH_MULTIPLE if _records_graphs(args) else 1
-    collator = Collator(
-        processor, padding_side=args.padding_side, max_length=args.max_length, multiple_of=multiple_of, loss=args.loss
-    )
+        multiple_of = _GRAPH_MULTIPLE if _records_graphs(args) and context == "padded" else 1
+    options = {"max_length": args.max_length, "multiple_of": multiple_of, "loss": args.loss}
+    padded = Collator(processor, padding_side=args.padding_side or "right", **options)
+    collator = padded if context == "padded" else SharedContextCollator(processor, context=context, **options)
     collator.check([*samples, *eval_samples])
     seed_everything(config.seed)  # the method's initial values
     method = study_method(model, args.method, **settings)
@@ -218,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     if is_main:
-        accuracy = evaluate_accuracy(model, collator, eval_samples) if eval_samples else None
+        accuracy = evaluate_accuracy(model, padded, eval_samples) if eval_samples else None
         with exclusive(args.output):
             save_peft(model, args.output / ADAPTER)
             write_text(args.output / RESULT, json.dumps(_outcome(result, accuracy), indent=2) + "\n")
@@ -293,6 +308,18 @@ def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tupl
     if args.implementation == "fused":
         model = fuse(model, cuda_graphs=_records_graphs(args))
     return model, implementation
+
+
+def _context(args: argparse.Namespace, model: nn.Module, processor: Any) -> str:
+    """How samples lie in a batch, where nobody has said it: in one row, where the fused model can do that and no graphs
+    of repeated shapes are recorded."""
+    if args.context is not None:
+        if args.context != "padded" and args.padding_side is not None:
+            raise ValueError(f"--padding-side: expected --context padded, got {args.context}")
+        return args.context
+    may_be = args.implementation == "fused" and args.padding_side is None and not _records_graphs(args)
+    is_able = why_not_packed(processor) is None and family_of(model).full_attention(base_model(model))
+    return "shared" if may_be and is_able else "padded"
 
 
 def _records_graphs(args: argparse.Namespace) -> bool:

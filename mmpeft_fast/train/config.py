@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from mmpeft_fast.fields import above, at_least, below, between, check_fields
+from mmpeft_fast.fields import above, at_least, below, between, check_fields, one_of
 from mmpeft_fast.methods import make_method
 
 # The study's settings for Qwen-VL, where they differ from LLaVA's; taken for every Qwen family.
@@ -35,6 +35,8 @@ class TrainConfig:
     """Samples per optimizer step, over all processes and accumulated micro-batches."""
     batch_size: Count = 16
     """Samples per forward on one process."""
+    order: Annotated[str, one_of("shuffled", "by-image")] = "shuffled"
+    """Of samples: each for itself, or those of one image together, so that a batch's samples share their contexts."""
     gradient_checkpointing: bool = False
     seed: Annotated[int, between(0, 2**32 - 1)] = 42
     num_workers: Annotated[int, between(0, 1024)] = 0

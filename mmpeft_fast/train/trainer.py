@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from mmpeft_fast.atomic import exclusive
-from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample, without_hints
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import takes_hints, verify_fused
 from mmpeft_fast.small_batches import cut_batch
@@ -99,6 +99,7 @@ def train(
         seed=config.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        groups=_images_of(dataset) if config.order == "by-image" else None,
     )
     writes = output is not None and accelerator.is_main_process
     with ExitStack() as held:
@@ -274,7 +275,7 @@ class _Run:
         labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
         first = next(labelled, None)
         if first is not None:
-            verify_fused(self._model, cut_batch(first))
+            verify_fused(self._model, None if "documents" in first else cut_batch(first))
         self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:
@@ -295,7 +296,7 @@ class _Run:
         for index, batch in enumerate(batches):
             inputs = send_to_device(batch, accelerator.device, non_blocking=True)
             if not self._takes_hints:
-                inputs = {name: value for name, value in inputs.items() if name not in HOST_HINTS}
+                inputs = without_hints(inputs)
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(self._prepared):
                 loss = self._prepared(**inputs, num_items_in_batch=num_items).loss
@@ -360,6 +361,13 @@ def _count(batches: list[dict[str, Any]]) -> tuple[int, int]:
     """Tokens without padding, and next-token targets, in a step's micro-batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return tokens, sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def _images_of(dataset: Sequence[Sample]) -> tuple[int, ...]:
+    """A number for each sample, the same for those of one image file; a sample without one has its own."""
+    numbers: dict[Any, int] = {}
+    images = (dataset[index].image or index for index in range(len(dataset)))
+    return tuple(numbers.setdefault(image, len(numbers)) for image in images)
 
 
 def _connector_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from mmpeft_fast.train import SampleOrder
@@ -50,3 +52,30 @@ def test_bad_sizes():
         order(num_processes=3)
     with pytest.raises(ValueError, match="data: expected at least 4 samples, got 3"):
         order(num_samples=3, num_processes=4)
+
+
+def test_samples_of_one_group_stay_together():
+    groups = tuple(index % 5 for index in range(22))
+    order_ = order(groups=groups)
+    for epoch in range(3):
+        steps = range(epoch * order_.steps_per_epoch, (epoch + 1) * order_.steps_per_epoch)
+        seen = [index for step in steps for batch in order_.micro_batches(step) for index in batch]
+        assert sorted(seen) == list(range(22))
+        runs = [group for group, _ in itertools.groupby(groups[index] for index in seen)]
+        assert sorted(runs) == list(range(5))
+    assert order_.micro_batches(0) != order(groups=groups, seed=6).micro_batches(0)
+
+
+def test_groups_stay_on_a_process():
+    groups = tuple(index // 4 for index in range(32))
+    for step in range(4):
+        shares = []
+        for process in range(2):
+            order_ = order(groups=groups, num_samples=32, num_processes=2, process_index=process)
+            shares.append({groups[index] for batch in order_.micro_batches(step) for index in batch})
+        assert not shares[0] & shares[1]
+
+
+def test_a_group_for_each_sample():
+    with pytest.raises(ValueError, match="groups: expected one of each of 22 samples, got 3"):
+        order(groups=(0, 1, 2))

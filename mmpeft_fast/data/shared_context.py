@@ -1,0 +1,132 @@
+"""Batches without padding: samples lie behind one another in one row, and what they begin with alike lies there once.
+
+A data set asks many things of one image. The image's tokens and the text before the questions are the same in all of
+these samples, and attention is causal, so their activations are too: computing them once is exact (`documents.py`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mmpeft_fast.data.collate import Collator
+from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.documents import Documents
+from mmpeft_fast.labels import IGNORE_INDEX
+
+CONTEXTS = ("shared", "packed")
+# A shorter beginning costs more as a part of its own than it saves.
+_LEAST_SHARED = 32
+
+
+def why_not_packed(processor: Any) -> str | None:
+    """Why samples of this processor cannot lie behind one another in a row, or None."""
+    if hasattr(processor, "encode_chat"):
+        return "its images are found by rows"
+    if hasattr(getattr(processor, "image_processor", None), "merge_size"):
+        return "its tokens have three positions each"
+    return None
+
+
+class SharedContextCollator(Collator):
+    """Turn samples into one row of documents: `SharedContextCollator(processor)(samples)`, for a fused model.
+
+    context: "shared" puts what samples of one image (by content; samples without one likewise) begin with alike there
+    once, "packed" leaves every sample whole. processor, max_length, multiple_of (of the row's length) and loss: as of
+    `Collator`.
+
+    Raises:
+        ValueError: as `Collator`, and for processors of models that find images by rows or have several positions a
+            token (Qwen's).
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        context: str = "shared",
+        max_length: int | None = None,
+        multiple_of: int = 1,
+        loss: str = "publisher",
+    ) -> None:
+        if context not in CONTEXTS:
+            raise ValueError(f"context: expected one of {list(CONTEXTS)}, got {context!r}")
+        reason = why_not_packed(processor)
+        if reason is not None:
+            raise ValueError(f"context: expected a model whose samples can share a row, but {reason}; use Collator")
+        super().__init__(processor, max_length=max_length, multiple_of=multiple_of, loss=loss)
+        self.context = context
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Collate samples into a batch of one row of T tokens.
+
+        Returns `input_ids`, `position_ids`, `labels`, `attention_mask` (1 but for padding to `multiple_of`) [1, T]
+        int64, `documents`, what the processor gives for the images, each once, and `supervised_capacity`. The loss and
+        its gradients are those of the same samples in rows of their own. Raises ValueError as `Collator` does.
+        """
+        self.check(samples)
+        rows, image_inputs = self._templated(samples)
+        for sample, row in zip(samples, rows, strict=True):
+            self._truncate(sample, row)
+            row["labels"][0] = IGNORE_INDEX  # nothing precedes it
+        groups = self._groups(samples) if self.context == "shared" else [[index] for index in range(len(samples))]
+        with_image = [index for index, sample in enumerate(samples) if sample.image is not None]
+        packed = {"input_ids": [], "labels": []}
+        lengths: list[tuple[int, int]] = []
+        images: list[int] = []
+
+        def add(index: int, start: int, stop: int | None, parent: int) -> None:
+            for name, parts in packed.items():
+                parts.append(rows[index][name][start:stop])
+            lengths.append((len(packed["labels"][-1]), parent))
+
+        for members in groups:
+            shared = self._shared(rows, members)
+            context = len(lengths)
+            if shared:
+                add(members[0], 0, shared, -1)
+            for index in members:
+                add(index, shared, None, context if shared else -1)
+            shown = members[:1] if shared else members
+            images += [with_image.index(index) for index in shown if samples[index].image is not None]
+
+        batch = {name: torch.cat(parts)[None] for name, parts in packed.items()}
+        documents = Documents((tuple(lengths),))
+        batch |= {"position_ids": documents.position_ids(), "attention_mask": torch.ones_like(batch["labels"])}
+        missing = -batch["labels"].shape[1] % self.multiple_of
+        padding = {"input_ids": self._pad_token_id, "labels": IGNORE_INDEX}
+        batch = {
+            name: torch.nn.functional.pad(value, (0, missing), value=padding.get(name, 0))
+            for name, value in batch.items()
+        }
+        if images != list(range(len(with_image))):
+            image_inputs = {name: value[images] for name, value in image_inputs.items()}
+        capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
+        return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
+
+    def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Indices of the samples of each image, in the order in which images come first."""
+        digests: dict[Any, str | None] = {}
+        groups: dict[str | None, list[int]] = {}
+        for index, sample in enumerate(samples):
+            if sample.image not in digests:
+                digests[sample.image] = None if sample.image is None else sample.image_digest()
+            groups.setdefault(digests[sample.image], []).append(index)
+        return list(groups.values())
+
+    def _shared(self, rows: Sequence[dict], members: Sequence[int]) -> int:
+        """How many tokens the members begin with alike and may share: every one keeps an unlabelled token of its own
+        before its first label, which predicts it. 0 where that is too little, or would part an image."""
+        if len(members) < 2:
+            return 0
+        ids = [rows[index]["input_ids"] for index in members]
+        shared = min(map(len, ids)) - 1
+        for other in ids[1:]:
+            differs = (ids[0][:shared] != other[:shared]).nonzero()
+            shared = min(shared, int(differs[0]) if len(differs) else shared)
+        for index in members:
+            labelled = (rows[index]["labels"] != IGNORE_INDEX).nonzero()
+            shared = min(shared, int(labelled[0]) - 1 if len(labelled) else shared)
+        if shared < _LEAST_SHARED or any(self._is_image(row[shared:]).any() for row in ids):
+            return 0
+        return shared
