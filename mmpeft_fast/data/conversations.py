@@ -66,13 +66,14 @@ class Sample:
             except _DECODE_ERRORS as error:
                 raise self._unreadable(error) from error
 
-    def image_digest(self, most: int) -> str:
-        """Digest of the image's file, of its size, beginning and end where it has more than 2 * `most` bytes. Raises
+    def image_digest(self, most: int | None = None) -> str:
+        """Digest of the image's file; of its size, beginning and end where it has more than 2 * `most` bytes. Raises
         ValueError where it cannot be read."""
         try:
             with open(self.image, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
+                most = size if most is None else most
                 digest = hashlib.sha256(b"%d " % size + file.read(most))
                 file.seek(max(most, size - most))
                 digest.update(file.read(most))
