@@ -1,11 +1,11 @@
-# make study | test | test-gpu-env | nightly | peer-tests | lint | bench | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
+# make study | test | test-gpu-env | nightly | peer-tests | lint | bench | figures | cpu-bench | gpu | sanitize | clean. Each target makes .venv first where it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTHON312 ?= python3.12
 GPU_STAMP := .venv-gpu/.installed
 
-.PHONY: help study test test-gpu-env nightly peer-tests lint bench cpu-bench sanitize clean gpu
+.PHONY: help study test test-gpu-env nightly peer-tests lint bench figures cpu-bench sanitize clean gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make peer-tests TRANSFORMERS=/path   HF PEFT's and transformers' own tests (of a checkout), unfused and fused; last line: N differences"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   step-time benchmark: results/bench/"
+	@echo "make figures fills the figures of README and docs in from the rows of bench/results"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
 	@echo "make sanitize    the C++ kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make gpu     builds, checks, tunes and times on an NVIDIA GPU, in nine minutes: results/gpu/"
@@ -65,6 +66,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.step --dtype bf16 --out results/bench/step.jsonl
+
+figures: $(STAMP)
+	$(BIN)/python -m bench.figures
 
 cpu-bench: $(STAMP)
 	$(BIN)/python -m bench.cpu_kernels --dtype bf16 --out results/bench/cpu_kernels.jsonl

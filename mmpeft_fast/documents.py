@@ -8,9 +8,9 @@ computed once, which is exact because attention is causal: nothing in the contex
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,6 +159,16 @@ def not_targets(documents: Documents, length: int, device: torch.device) -> Tens
             found[row_idx, start : start + (size if index in parents else min(1, size))] = True
             start += size
     return found.to(device)
+
+
+def with_dense_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch for a model that knows no documents: a dense attention mask in their place."""
+    plain = dict(batch)
+    documents = plain.pop("documents", None)
+    if documents is not None:
+        labels = plain["labels"]
+        plain["attention_mask"] = documents.mask(labels.shape[1], labels.device)
+    return plain
 
 
 def check_documents(documents: object, batch: int, length: int) -> None:

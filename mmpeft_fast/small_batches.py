@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mmpeft_fast.documents import Documents, not_targets
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.models.inputs import image_shape, least_length, special_tokens, training_batch
 
@@ -32,6 +33,15 @@ def made_batches(config: PretrainedConfig, dtype: torch.dtype) -> list[dict[str,
     right["attention_mask"][0, -2:] = 0
     right["labels"].masked_fill_(right["attention_mask"] == 0, IGNORE_INDEX)
     return [right, text]
+
+
+def documents_batch(config: PretrainedConfig) -> dict[str, Any]:
+    """A row of random tokens on the CPU, always the same ones: a context with two answers, a document for itself."""
+    documents = Documents((((_LENGTH, -1), (_LENGTH // 2, 0), (_LENGTH // 3, 0), (_LENGTH // 2, -1)),))
+    (length,) = documents.lengths
+    ids = _random_tokens(config, (1, length), torch.Generator().manual_seed(_SEED))
+    labels = ids.masked_fill(not_targets(documents, length, ids.device), IGNORE_INDEX)
+    return {"input_ids": ids, "position_ids": documents.position_ids(), "labels": labels, "documents": documents}
 
 
 def _random_tokens(config: PretrainedConfig, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from mmpeft_fast.closeness import allowed_error, allowed_in_double, floor, relative_error
+from mmpeft_fast.documents import with_dense_mask
 from mmpeft_fast.fusion import Candidate, candidates
 from mmpeft_fast.layers.causal_lm import supervised_targets
 from mmpeft_fast.layers.class_swap import is_swapped, own_class
@@ -297,7 +298,7 @@ class _Run:
         self.is_double = all(p.dtype == torch.float64 for p in self.base.parameters() if p.is_floating_point())
 
     def rows(self) -> list[Row]:
-        unfused = {name: value for name, value in self.batch.items() if name not in _HINTS}
+        unfused = with_dense_mask({name: value for name, value in self.batch.items() if name not in _HINTS})
         widened = [part.module for part in self.parts if _can_be_widened(part.module)]
         head = self.base.get_output_embeddings()
         if head is not None and _can_be_widened(head):

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmpeft_fast import METHODS, Documents, LoRA, add_peft, fuse, fuse_report, make_method
+from mmpeft_fast import METHODS, Documents, LoRA, add_peft, compare, fuse, fuse_report, make_method
 from mmpeft_fast.documents import not_targets
 from mmpeft_fast.ops import documents_attention, flash
 from mmpeft_fast.ops.attention import attention, attention_ref
 from mmpeft_fast.ops.documents_attention import documents_backward, documents_forward
+from mmpeft_fast.small_batches import documents_batch
 from tests.closeness import assert_as_close_as_eager
 from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_model
 
@@ -256,6 +257,19 @@ def test_calls_that_are_refused():
     window.config.sliding_window = 8
     with pytest.raises(ValueError, match="the decoder's window slides"):
         fuse(window)(**batch, documents=TREE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_are_verified(family, monkeypatch):
+    """`compare` on a small row of documents: no difference, and a wrong merge is one."""
+    model = add_peft(tiny_model(family), LoRA(r=4))
+    randomize_trainable(model)
+    fuse(model)
+    batch = documents_batch(model.config)
+    assert not compare(model, batch).differing
+    right = documents_attention._merge_into
+    monkeypatch.setattr(documents_attention, "_merge_into", lambda out, lse, *part: right(out, lse + 0.1, *part))
+    assert compare(model, batch).differing
 
 
 class TestOnAGpu:

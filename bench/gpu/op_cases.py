@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.gpu.judge import mapped
 from bench.gpu.shapes import DIMS, linear_calls
+from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.ops.attention import HeadTransform, attention, attention_ref
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -183,6 +184,22 @@ def _attention_of_repeated_shapes(*args, **options) -> Tensor:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
+def _tree(k: Tensor) -> Documents:
+    """Half of each row a context, behind it answers of two lengths, and a document for itself."""
+    length = k.shape[1]
+    answers = (length // 8, length // 5)
+    rest = length - length // 2 - sum(answers)
+    return Documents((((length // 2, -1), *((size, 0) for size in answers), (rest, -1)),) * len(k))
+
+
+def _attention_of_documents(q, k, *args, mask, **options) -> Tensor:
+    return attention(q, k, *args, documents=_tree(k), **options)
+
+
+def _attention_of_documents_ref(q, k, *args, mask, **options) -> Tensor:
+    return attention_ref(q, k, *args, mask=_tree(k).mask(k.shape[1], k.device), **options)
+
+
 def _loss_operands(num_rows, width, num_words, dtype, device, adapters=None) -> dict:
     torch.manual_seed(0)
     options = {"dtype": dtype, "device": device}
@@ -221,6 +238,11 @@ def op_cases() -> Iterator[OpCase]:
                     for function in (_attention_of_repeated_shapes, attention_ref)
                 )
                 yield OpCase(f"{name} of repeated shapes", ("attention",), operands, *run)
+                run = (
+                    partial(_attention, function, sizes[-1])
+                    for function in (_attention_of_documents, _attention_of_documents_ref)
+                )
+                yield OpCase(f"{name} of documents", ("attention",), operands, *run)
     for sizes in ((1, 33, 40), (130, 264, 1000), (200, 512, 152064)):
         run = (partial(_loss, function) for function in (linear_cross_entropy, linear_cross_entropy_ref))
         label = f"linear_cross_entropy {'x'.join(map(str, sizes))}"

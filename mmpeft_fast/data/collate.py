@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.documents import with_dense_mask
 from mmpeft_fast.fields import at_least, between, check_value, shown
 from mmpeft_fast.labels import IGNORE_INDEX
 
@@ -31,11 +32,7 @@ _PAIR = [
 
 def without_hints(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch for a model that knows no hints: documents become a dense attention mask."""
-    plain = {name: value for name, value in batch.items() if name not in (*HOST_HINTS, "documents")}
-    if "documents" in batch:
-        labels = batch["labels"]
-        plain["attention_mask"] = batch["documents"].mask(labels.shape[1], labels.device)
-    return plain
+    return with_dense_mask({name: value for name, value in batch.items() if name not in HOST_HINTS})
 
 
 class Collator:

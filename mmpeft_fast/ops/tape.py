@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _Result = TypeVar("_Result")
-# Tapes that are kept, the least recently used dropped first; one is a few kilobytes.
+# Tapes that are kept, the oldest dropped first; one is a few kilobytes.
 _MOST = 2048
 _aten = torch.ops.aten
 # Python's names of ops, which parse their arguments several times faster than the op's own call does.

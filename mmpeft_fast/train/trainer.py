@@ -31,7 +31,7 @@ from mmpeft_fast.atomic import exclusive
 from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample, without_hints
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import takes_hints, verify_fused
-from mmpeft_fast.small_batches import cut_batch
+from mmpeft_fast.small_batches import cut_batch, documents_batch
 from mmpeft_fast.train import state
 from mmpeft_fast.train.batches import INTERRUPTS, batches_by_step
 from mmpeft_fast.train.config import TrainConfig
@@ -271,11 +271,14 @@ class _Run:
 
     def verify(self, batches: list[dict[str, Any]]) -> None:
         """Compare a fused model with itself unfused on a few tokens of the first batch that carries a label, and unfuse
-        what differs."""
+        what differs. Where batches are documents, on tokens made for the model: in rows of their own, and as those."""
         labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
         first = next(labelled, None)
-        if first is not None:
-            verify_fused(self._model, None if "documents" in first else cut_batch(first))
+        if first is not None and "documents" in first:
+            verify_fused(self._model)
+            verify_fused(self._model, documents_batch(base_model(self._model).config))
+        elif first is not None:
+            verify_fused(self._model, cut_batch(first))
         self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:

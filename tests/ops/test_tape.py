@@ -256,7 +256,7 @@ def test_a_recording_holds_no_tensor():
     assert reference() is None
 
 
-def test_the_least_recently_seen_are_dropped(monkeypatch):
+def test_the_oldest_are_dropped(monkeypatch):
     monkeypatch.setattr(tape, "_MOST", 3)
     for size in range(1, 6):
         for _ in range(3):
