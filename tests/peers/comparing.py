@@ -94,7 +94,8 @@ def run_side(
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")  # without half a line
         arguments = [
             str(suite.file.relative_to(suite.root)), f"--rootdir={suite.root}", "-o", "addopts=",
-            "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
+            # A suite may make errors of warnings, and a later version of a library it uses may warn.
+            "-W", "default::FutureWarning", "-W", "default::DeprecationWarning", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
             f"--peers-results={file}",
         ]  # fmt: skip
         if expression is not None:
