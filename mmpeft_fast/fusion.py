@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mmpeft_fast import hf_peft
-from mmpeft_fast.layers.causal_lm import why_not_known
+from mmpeft_fast.layers.causal_lm import FusedCausalLM, why_not_known
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphless import marked_modules
@@ -52,6 +52,8 @@ class FuseReport:
     """What comparing the model with itself unfused has found, where that was asked for."""
     graphs: str | None = None
     """What runs as CUDA graphs, where that was asked for, and why other calls did not."""
+    tail: str | None = None
+    """Why a fused loss does not run the last layer at labelled positions alone, if so."""
 
     @property
     def kept(self) -> dict[str, str]:
@@ -75,7 +77,11 @@ class FuseReport:
             rows += [(part.name, fused, lines[0]), *(("", "", line) for line in lines[1:])]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]}".rstrip() for row in rows]
-        more = {"against the unfused model": self.verified, "CUDA graphs": self.graphs}
+        more = {
+            "the last layer runs at every position": self.tail,
+            "against the unfused model": self.verified,
+            "CUDA graphs": self.graphs,
+        }
         return "\n".join([*lines, *(f"{what}: {said}" for what, said in more.items() if said is not None)])
 
 
@@ -103,6 +109,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
         report_of(found),
         verified=base.__dict__.get("verified"),
         graphs=None if graphs is None else graphs.summary(),
+        tail=base.why_no_tail() if isinstance(base, FusedCausalLM) else None,
     )
 
 

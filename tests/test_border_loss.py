@@ -423,3 +423,17 @@ def test_accelerates_autocast_around_a_fused_model_changes_nothing():
 def test_what_unfuse_leaves_is_the_models_own():
     model = unfuse(fuse(lora()))
     assert torch.equal(model(**PLAIN).logits, lora()(**PLAIN).logits)
+
+
+def test_a_decoder_that_is_not_known_is_named_in_the_report(monkeypatch):
+    model, batch = fuse(lora()), batch_of()
+    assert fuse_report(model).tail is None
+    expected, _ = loss_and_grads(model, batch)
+    kind = type(model.model)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+    report = fuse_report(model)
+    assert not report.kept
+    assert "the last layer runs at every position: the forward of transformers.models.llama" in str(report)
+    loss, _ = loss_and_grads(model, batch)
+    assert abs(loss - expected) < 1e-5

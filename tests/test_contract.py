@@ -2,6 +2,7 @@
 code bypasses is followed, before `fuse` and after it, or the layer runs unfused and says so."""
 
 import contextlib
+import functools
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama import modeling_llama
 
@@ -80,6 +82,48 @@ def patch_default_attention(model, patch):
         return out * 2, weights
 
     patch.setattr(modeling_llama, "eager_attention_forward", attend)
+
+
+def wrap(owner, name):
+    """A function or method of a library, wrapped as decorators wrap."""
+
+    def modify(model, patch):
+        plain = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def scaled(*args, **kwargs):
+            return plain(*args, **kwargs) * 1.25
+
+        patch.setattr(owner, name, scaled)
+
+    return modify
+
+
+def replace(owner, name):
+    def modify(model, patch):
+        plain = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: plain(*args, **kwargs) * 1.25)
+
+    return modify
+
+
+def replace_repeating(model, patch):
+    patch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
+    replace(sdpa_attention, "repeat_kv")(model, patch)
+
+
+class Scaling(torch.Tensor):
+    """Says itself what linear layers do with it, and so do all that are computed from it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs or {})
+        return y * 1.25 if function is nn.functional.linear else y
+
+
+def weight_of_a_subclass(model, patch):
+    down = layers_of(model)[0].mlp.down_proj.base_layer
+    down.weight = nn.Parameter(down.weight.detach().as_subclass(Scaling), requires_grad=False)
 
 
 class HalvedMLP(modeling_llama.LlamaMLP):
@@ -201,6 +245,13 @@ MODIFICATIONS = {
     "attention chosen by name": choose_attention,
     "attention overwritten under its name": overwrite_attention,
     "the attention of the model's own file": patch_default_attention,
+    "attention's kernel wrapped": wrap(nn.functional, "scaled_dot_product_attention"),
+    "attention's kernel replaced": replace(nn.functional, "scaled_dot_product_attention"),
+    "a function of the chosen attention": replace_repeating,
+    "the activation's function wrapped": wrap(nn.functional, "silu"),
+    "the linear layers' function wrapped": wrap(nn.functional, "linear"),
+    "a tensor's method replaced": replace(torch.Tensor, "pow"),
+    "weight of a subclass": weight_of_a_subclass,
     "class of attention patched": patch_class(modeling_llama.LlamaAttention),
     "class of MLP patched": patch_class(modeling_llama.LlamaMLP),
     "class of layer patched": patch_class(modeling_llama.LlamaDecoderLayer),
@@ -262,6 +313,20 @@ def test_a_changed_module_is_followed(name, when):
     assert fused_grads.keys() == grads.keys()
     for parameter, grad in grads.items():
         assert_same_in_double(fused_grads[parameter], grad, parameter)
+
+
+def test_the_eager_definition_of_a_method_is_followed():
+    def run(model):
+        with Patch() as patch:
+            replace(nn.functional, "linear")(model, patch)
+            return loss_and_grads(model, batch)
+
+    batch = tiny_batch("llama")
+    model = add_peft(tiny_model("llama", dtype=torch.float64), LoRA(r=4, dropout=0.0)).train()
+    (expected, grads), (loss, fused_grads) = run(model), run(fuse(model))
+    assert_same_in_double(loss, expected, "loss")
+    for name, grad in grads.items():
+        assert_same_in_double(fused_grads[name], grad, name)
 
 
 def test_a_modification_that_is_taken_back_is_fused_again():

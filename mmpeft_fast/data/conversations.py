@@ -25,7 +25,8 @@ _DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-_DIGEST_BYTES = 4096  # of an image's beginning, and of its end
+# What is read of all images for `data_digest`, at most: seconds. Of one image's beginning and of its end, at least.
+_DIGEST_BYTES, _LEAST_BYTES = 1 << 31, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +66,20 @@ class Sample:
             except _DECODE_ERRORS as error:
                 raise self._unreadable(error) from error
 
-    def image_digest(self) -> str:
-        """Digest of the image file's size, beginning and end. Raises ValueError where it cannot be read."""
+    def image_digest(self, most: int | None = None) -> str:
+        """Digest of the image's file; of its size, beginning and end where it has more than 2 * `most` bytes. Raises
+        ValueError where it cannot be read."""
         try:
             with open(self.image, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
-                ends = file.read(_DIGEST_BYTES)
-                file.seek(max(0, size - _DIGEST_BYTES))
-                ends += file.read(_DIGEST_BYTES)
+                most = size if most is None else most
+                digest = hashlib.sha256(b"%d " % size + file.read(most))
+                file.seek(max(most, size - most))
+                digest.update(file.read(most))
         except OSError as error:
             raise self._unreadable(error) from error
-        return hashlib.sha256(b"%d " % size + ends).hexdigest()
+        return digest.hexdigest()
 
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.source}: expected a readable image, but {self.image} cannot be decoded ({error})")
@@ -122,13 +125,18 @@ def check_images(samples: Iterable[Sample]) -> None:
 
 
 def data_digest(samples: Iterable[Sample]) -> str:
-    """Digest of what a model is trained on: every text in order, and of each image the file's size, its first and its
-    last 4096 bytes (all of a small file; reading a large data set whole would take longer than checking it)."""
-    digest, seen = hashlib.sha256(), {}
+    """Digest of what a model is trained on: every text in order, and the images' files.
+
+    Files are read whole where 2 GiB among as many images are enough for that, else each one's beginning and end, and
+    its size: a change of one pixel in a compressed image shows there in practice, reading more would take minutes.
+    """
+    samples = list(samples)
+    images = {sample.image: sample for sample in samples if sample.image is not None}
+    most = max(_LEAST_BYTES, _DIGEST_BYTES // (2 * max(1, len(images))))
+    digests = {None: None} | {image: sample.image_digest(most) for image, sample in images.items()}
+    digest = hashlib.sha256()
     for sample in samples:
-        if sample.image not in seen:
-            seen[sample.image] = None if sample.image is None else sample.image_digest()
-        words = [sample.questions, sample.answers, seen[sample.image]]
+        words = [sample.questions, sample.answers, digests[sample.image]]
         digest.update(hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
 from mmpeft_fast.layers.reading import is_fused
-from mmpeft_fast.layers.sites import Unfusable, has_hooks, read_linear, read_norm, runs_as_known
+from mmpeft_fast.layers.sites import Unfusable, has_hooks, is_plain, read_linear, read_norm, why_not_as_known
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
 from mmpeft_fast.ops.segments import Segment
@@ -219,16 +219,27 @@ class FusedCausalLM(Swapped):
             return False
         return why_not_known(self) is None
 
-    def _mark_tail(self) -> list[nn.Module]:
-        """The layers that run at this call, the last one marked; none where nobody can say which these are."""
+    def why_no_tail(self) -> str | None:
+        """Why training runs the last layer at every position, and attention under a padding mask; None: it need not."""
         decoder = self.get_submodule(self.decoder_path)
-        parts = called_parts(self, decoder)
-        if not all(runs_as_known(module, role) for module, role in parts) or not _is_read(self.paths.norm_of(decoder)):
-            return []
+        for module, role in called_parts(self, decoder):
+            reason = why_not_as_known(module, role)
+            if reason is not None:
+                return reason
+        if not _is_read(self.paths.norm_of(decoder)):
+            return "its final norm is not known"
         depth = decoder.config.num_hidden_layers
         layers = self.paths.layers_of(decoder)[:depth]
-        if len(layers) < depth or len(set(map(id, layers))) < depth or not all(map(is_swapped, layers)):
+        if len(layers) < depth or len(set(map(id, layers))) < depth:
+            return f"its {depth} layers are not {depth} modules"
+        return None if all(map(is_swapped, layers)) else "not all of its layers are fused"
+
+    def _mark_tail(self) -> list[nn.Module]:
+        """The layers that run at this call, the last one marked; none where nobody can say which these are."""
+        if self.why_no_tail() is not None:
             return []
+        decoder = self.get_submodule(self.decoder_path)
+        layers = self.paths.layers_of(decoder)[: decoder.config.num_hidden_layers]
         for layer in layers:
             if layer.is_tail != (layer is layers[-1]):
                 layer.is_tail = layer is layers[-1]
@@ -284,7 +295,7 @@ class FusedCausalLM(Swapped):
         supervised = (targets != IGNORE_INDEX).sum()
         count = supervised if count is None else torch.as_tensor(count, device=hidden.device)
         head = _plain_head(self.lm_head)
-        if head is None:
+        if head is None or not is_plain(hidden):
             # An adapted, wrapped or hooked head computes its own logits; they are few.
             logits = self.lm_head(hidden).float()
             total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -341,7 +352,7 @@ def _is_wrapped_by_library(model: nn.Module) -> bool:
 def _why_not_head(model: nn.Module) -> str | None:
     head, config = model.lm_head, model.config.get_text_config()
     called = [module for module in head.modules() if type(module) is not nn.ParameterDict]
-    if not all(runs_as_known(module, "head") for module in called):
+    if any(why_not_as_known(module, "head") is not None for module in called):
         return "its head is of a kind that is not known, or carries hooks"
     width = getattr(head, "out_features", None)
     return None if width == config.vocab_size else f"its head has {width} outputs, its vocabulary {config.vocab_size}"

@@ -18,7 +18,7 @@ from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphs import Inputs, LayerGraphs
 from mmpeft_fast.layers.prefix import CallPrefix
 from mmpeft_fast.layers.reading import LayerSites, Recorded, check_arguments, sites_of
-from mmpeft_fast.layers.sites import Unfusable, read_norm
+from mmpeft_fast.layers.sites import Unfusable, is_plain, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
 from mmpeft_fast.ops.dropout import draw_seed
@@ -72,7 +72,7 @@ class FusedDecoderLayer(Swapped):
         rows = supervised_rows if self.is_tail else None
         try:
             sites = sites_of(self, paths)
-            check_arguments(paths.attention_of(self), attention_mask, x.shape[1], kwargs)
+            check_arguments(paths.attention_of(self), x, attention_mask, kwargs)
         except Unfusable as reason:
             self._check_own_forward(reason, prefix)
             if documents is not None:
@@ -223,5 +223,7 @@ class FusedRMSNorm(Swapped):
         try:
             gain, eps = read_norm(self, is_called=True)
         except Unfusable:
+            return super().forward(hidden_states)
+        if not is_plain(hidden_states):  # it says itself what operators do to it
             return super().forward(hidden_states)
         return rms_norm(hidden_states, gain, eps)

@@ -4,8 +4,8 @@ Fused code bypasses the `forward` of a decoder layer, its attention, MLP, norms,
 only for the very computation that a library ships. `known.json` lists it by kind ("attention", "rms_norm", ...): the
 digest of a function is that of its syntax tree, without annotations, docstrings and decorators, and of the library
 functions that it calls by global name. Whatever is patched, subclassed or changed by a release has another digest, is
-unknown, and runs as it is. So does what calls a function of a library's module that somebody has replaced by one of
-another library (`nn.functional.cross_entropy`).
+unknown, and runs as it is. So does what calls a function of a library's module, or a tensor's method, that somebody
+has replaced or wrapped (`nn.functional.scaled_dot_product_attention`).
 
 `python -m mmpeft_fast.shipped` writes the table from the libraries that are installed, for every family.
 """
@@ -23,13 +23,17 @@ from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft_fast.layers.snapshot import Lookup
 
 TABLE = "known.json"
 # Packages whose decorators (functools.wraps) may stand around a forward: they do not change what it computes.
 _LIBRARIES = ("torch", "transformers", "peft", "mmpeft_fast")
+# Whose functions are read too where a library's function calls them; torch's are taken as they are.
+_READ_INTO = ("transformers", "mmpeft_fast")
+# What flash attention's functions of transformers hold and call, under whatever name it was loaded.
+_KERNELS = ("flash_attn", "kernels")
 # What calling a module does besides its forward; a class that changes one of them may do anything.
 _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
 # These modules are called, so that what stands around their forward runs: as it may for a layer, whereas a head must
@@ -142,14 +146,24 @@ def _say_names(tree, namespace, seen, said, lookups) -> None:
             said.append(f"{name} {value!r}")
         else:
             said.append(f"{name} a {type(value).__name__}")
+    _check_members(tree, namespace, lookups)
+
+
+def _check_members(tree: ast.AST, namespace: dict, lookups: list[Lookup]) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             _check_member(node, namespace, lookups)
 
 
 def _check_member(node: ast.Attribute, namespace: dict, lookups: list[Lookup]) -> None:
-    """Raises where `node` is a member of a library's module that is of no library."""
+    """Raises where `node` is a member of a library's module, or has the name of a tensor's method, that is of no
+    library."""
     path = [node.attr]
+    method = getattr(Tensor, node.attr, None)
+    if callable(method):
+        lookups.append(Lookup(Tensor, node.attr, method))
+        if not _is_of_library(method):
+            raise _Unknown(f"torch.Tensor.{node.attr} was replaced")
     while isinstance(node.value, ast.Attribute):
         node = node.value
         path.insert(0, node.attr)
@@ -180,6 +194,8 @@ def package_of(value: object) -> str:
 
 def _is_of_library(value: object) -> bool:
     while isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+        if package_of(value) not in (*_LIBRARIES, "contextlib"):
+            return False
         value = value.__wrapped__
     return package_of(value) in (*_LIBRARIES, "builtins")
 
@@ -252,9 +268,12 @@ def _judge_class(kind: type, role: str) -> Verdict:
         lookups.append(Lookup(kind, special, getattr(kind, special, None)))
         if lookups[-1].found is not getattr(nn.Module, special, None):
             return Verdict(f"{named} has a {special} of its own", tuple(lookups))
-    if is_own(kind.forward) or _accepted.get((kind, role)) is kind.forward:
+    if _accepted.get((kind, role)) is kind.forward:
         return Verdict(None, tuple(lookups))
-    verdict = _judge(kind.forward, role, f"the forward of {named}", named)
+    if is_own(kind.forward):
+        verdict = judge_calls(kind.forward)
+    else:
+        verdict = _judge(kind.forward, role, f"the forward of {named}", named)
     return verdict._replace(lookups=(*lookups, *verdict.lookups))
 
 
@@ -267,6 +286,39 @@ def judge_function(function: object, role: str) -> Verdict:
         if isinstance(function, FunctionType):
             _verdicts[function, role] = found
     return found
+
+
+def judge_calls(function: object) -> Verdict:
+    """Whether a library's function, and all that it calls by name in turn, are what the libraries' files say, whatever
+    their version: nobody has replaced or wrapped one of them."""
+    found = _verdicts.get((function, "calls")) if isinstance(function, FunctionType) else None
+    if found is None or not all(lookup.holds() for lookup in found.lookups):
+        lookups: list[Lookup] = []
+        try:
+            _read_calls(function, set(), lookups)
+        except _Unknown as reason:
+            found = Verdict(str(reason), tuple(lookups))
+        else:
+            found = Verdict(None, tuple(lookups))
+        if isinstance(function, FunctionType):
+            _verdicts[function, "calls"] = found
+    return found
+
+
+def _read_calls(function: object, seen: set[FunctionType], lookups: list[Lookup]) -> None:
+    if not is_library(function):
+        raise _Unknown(f"{getattr(function, '__qualname__', function)!s} is not a library's")
+    function = _innermost(function)
+    if function in seen or package_of(function) not in _READ_INTO:
+        return
+    seen.add(function)
+    tree, namespace = _tree_of(function), function.__globals__
+    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & namespace.keys()):
+        value = namespace[name]
+        lookups.append(Lookup(namespace, name, value))
+        if isinstance(value, FunctionType) and not package_of(value).startswith(_KERNELS):
+            _read_calls(value, seen, lookups)
+    _check_members(tree, namespace, lookups)
 
 
 def _judge(function: object, role: str, what: str, named: str) -> Verdict:
@@ -291,6 +343,12 @@ def why_unknown(kind: type, role: str) -> str | None:
 def why_unknown_function(function: object, role: str) -> str | None:
     """Why a function is not known as `role`, in words, or None."""
     return judge_function(function, role).reason
+
+
+@torch.compiler.assume_constant_result
+def why_replaced(function: object) -> str | None:
+    """Why a library's function may do something else than its file says, in words, or None."""
+    return judge_calls(function).reason
 
 
 def lookups_of(kinds: Collection[type]) -> Iterator[Lookup]:

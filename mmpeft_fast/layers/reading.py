@@ -5,6 +5,7 @@ of the layer or of a module below it, no hook, no class, no function that the li
 implementation.
 """
 
+import contextlib
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from mmpeft_fast.layers.sites import (
     Unfusable,
     check_bypassed,
     check_no_global_hooks,
+    is_plain,
     is_recorded,
     read_linear,
     read_norm,
@@ -134,6 +136,9 @@ def _check_attention(attn: nn.Module) -> None:
         shipped = known.is_shipped(function, _ATTENTION_FUNCTIONS.get(name, "")) or known.is_own(function)
         if not shipped:
             raise Unfusable(f"its attention implementation {name!r} is not one of {['eager', *_ATTENTION_FUNCTIONS]}")
+        replaced = known.why_replaced(function)
+        if replaced is not None:
+            raise Unfusable(f"its attention implementation {name!r} calls something else: {replaced}")
     if getattr(attn.config, "sliding_window", None) and "flash" in name:
         raise Unfusable(
             "its window is known to transformers' flash attention alone; expected attn_implementation='sdpa'"
@@ -146,6 +151,9 @@ def _attention_lookups(attn: nn.Module) -> Iterator[Lookup]:
         yield Lookup(attn.config, "_attn_implementation", attn.config._attn_implementation)
         for mapping in (interface._local_mapping, interface._global_mapping):
             yield Lookup(mapping, _implementation(attn), mapping.get(_implementation(attn)))
+        function = interface.get(_implementation(attn))
+        if function is not None:
+            yield from known.judge_calls(function).lookups
 
 
 class Reading:
@@ -197,7 +205,7 @@ class Reading:
             roles = (*paths.projections, "o", "gate", "up", "down")
             self._moving = [role for role, site in zip(roles, self._sites.linears, strict=True) if not site.is_found]
         lookups = list(known.lookups_of({own_class(module) for module in modules}))
-        if self._sites is not None:
+        with contextlib.suppress(AttributeError):  # of a layer that is built differently
             lookups += _attention_lookups(paths.attention_of(layer))
         once = {(id(lookup.owner), lookup.name): lookup for lookup in lookups}
         self._snapshot = snapshot.take(modules, list(once.values()), self)
@@ -240,9 +248,12 @@ def is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
     return True
 
 
-def check_arguments(attn: nn.Module, mask: object, num_queries: int, others: dict) -> None:
+def check_arguments(attn: nn.Module, hidden: Tensor, mask: object, others: dict) -> None:
     """Raises Unfusable where the arguments of a call ask a layer's attention for something else than causal attention
-    under a bool or additive mask. others: keyword arguments that the fused layer has no use for."""
+    under a bool or additive mask, or are tensors that say what operators do to them. hidden: [B, T, H]; others: keyword
+    arguments that the fused layer has no use for."""
+    if not is_plain(hidden):
+        raise Unfusable(f"the hidden states are a {type(hidden).__name__}; expected a plain tensor")
     name = _implementation(attn) if hasattr(attn, "config") else ""
     if others:
         inert = _READ_BY_ATTENTION | (_READ_BY_FLASH if "flash" in name else {})
@@ -250,7 +261,7 @@ def check_arguments(attn: nn.Module, mask: object, num_queries: int, others: dic
             if value is not None and other in inert and value is not inert[other]:
                 raise Unfusable(f"the call has {other}, which the fused layer does not know")
     if mask is None:
-        if name == "eager" and num_queries > 1:
+        if name == "eager" and hidden.shape[1] > 1:
             raise Unfusable("eager attention without a mask sees every position")
     elif not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise Unfusable(f"the mask is a {type(mask).__name__}; expected a tensor of 2 or 4 dimensions or none")

@@ -81,9 +81,13 @@ def has_hooks(module: nn.Module) -> bool:
     return any(may_compute(hook) for hooks in kinds for hook in hooks.values())
 
 
-def runs_as_known(module: nn.Module, role: str) -> bool:
-    """Whether calling the module does what is known as `role`, and nothing more."""
-    return "forward" not in module.__dict__ and not has_hooks(module) and why_unknown(own_class(module), role) is None
+def why_not_as_known(module: nn.Module, role: str) -> str | None:
+    """Why calling the module may do something else than what is known as `role`, or None."""
+    if "forward" in module.__dict__:
+        return f"the forward of a {type(module).__name__} was replaced"
+    if has_hooks(module):
+        return f"a {type(module).__name__} carries hooks"
+    return why_unknown(own_class(module), role)
 
 
 @torch.compiler.assume_constant_result  # a compiler that has seen a closure's cell cannot run the closure

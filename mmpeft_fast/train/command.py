@@ -155,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the log and checkpoints go")
+    group.add_argument("--output", required=True, type=_folder, metavar="DIR", help="where the log and checkpoints go")
     group.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --output")
     group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints, 0: only the last (500)")
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="how many to keep (2)")
@@ -171,6 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replay the fused decoder layers of shapes that come again (default: where there is an NVIDIA GPU)",
     )
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():  # of a shell's variable that is not set
+        raise argparse.ArgumentTypeError("expected a folder's name, got an empty text")
+    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:

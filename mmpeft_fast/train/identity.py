@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmpeft_fast.data import Collator, Sample, data_digest
+from mmpeft_fast.fusion import fuse_report
 from mmpeft_fast.models import base_model
 from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train.config import TrainConfig
@@ -29,6 +31,8 @@ _ORIGIN = {
     *("base_model_name_or_path", "revision", "peft_version", "inference_mode"),
     *("dtype", "torch_dtype"),  # what the weights were stored in; theirs now is read from themselves
 }
+# Attributes of modules that change no number: what a library has said, and recomputing, which gives the same bits.
+_UNCOUNTED = {"training", "gradient_checkpointing", "warnings_issued", "is_tail"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20  # values of a block of `weights_digest`: temporaries of 16 MiB
 
@@ -84,6 +88,32 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def modules_digest(model: nn.Module) -> str:
+    """Digest of what modules compute apart from the weights: of each its name, class, numbers and truths among its
+    public attributes (epsilons, scales, rates of dropout), and the buffers that no checkpoint holds (rotary
+    frequencies); of a fused model also what is not fused."""
+    digest = hashlib.sha256(repr(sorted(fuse_report(model).kept) if is_fused(model) else []).encode())
+    for name, module in model.named_modules():
+        kind = type(module)  # a fused one has its own name
+        counted = {key: value for key, value in vars(module).items() if key[0] != "_" and key not in _UNCOUNTED}
+        numbers = sorted((key, repr(value)) for key, value in counted.items() if _is_number(value))
+        digest.update(repr([name, kind.__module__, kind.__name__, numbers]).encode())
+        for key in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers.get(key)
+            if buffer is not None and not buffer.is_meta:
+                digest.update(repr([key, list(buffer.shape), buffer.dtype, _sums(buffer.detach())]).encode())
+    return digest.hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    """Numbers and truths, and collections of nothing else."""
+    if isinstance(value, Mapping):
+        return all(map(_is_number, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_number, value))
+    return isinstance(value, bool | int | float)
+
+
 def _sums(tensor: Tensor) -> list[int]:
     bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
     odd = 2 * torch.arange(min(_BLOCK, bits.numel()), device=bits.device) + 1
@@ -103,10 +133,19 @@ def _model(model: nn.Module) -> dict[str, Any]:
         "fused": is_fused(model),
         "config": _without_origin(base.config.to_dict()),
         "attention": base.config._attn_implementation,
+        **_attention_of_parts(base),
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
         "trained_values": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "weights": weights_digest(model),
+        "modules": modules_digest(model),
     }
+
+
+def _attention_of_parts(base: nn.Module) -> dict[str, Any]:
+    """The attention of a tower or decoder, where it is another one than the model's."""
+    parts = {name: part for name, part in base.named_modules() if isinstance(part, PreTrainedModel)}
+    chosen = {name: part.config._attn_implementation for name, part in parts.items()}
+    return {f"attention of {name}": how for name, how in chosen.items() if how != base.config._attn_implementation}
 
 
 def _method(model: nn.Module) -> dict[str, Any] | None:

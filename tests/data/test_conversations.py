@@ -2,8 +2,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
-from mmpeft_fast.data import check_images, data_digest, load_conversations
+from mmpeft_fast.data import Sample, check_images, data_digest, load_conversations
 
 
 def entry(**fields):
@@ -149,3 +150,15 @@ def test_unreadable_images_are_named(load, image_folder):
     with pytest.raises(ValueError, match=r"\(id 'text'\)"):
         check_images([short, text])
     check_images([short])  # its header is whole; only decoding tells
+
+
+def test_one_changed_bit_anywhere_in_an_image_is_another_data_set(tmp_path):
+    path = tmp_path / "a.bmp"
+    Image.new("RGB", (200, 200)).save(path)
+    sample = Sample(id="0", questions=("<image>\nwhat?",), answers=("yes",), image=path)
+    content = bytearray(path.read_bytes())
+    digests = {data_digest([sample])}
+    for place in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]]))
+        digests.add(data_digest([sample]))
+    assert len(digests) == 4

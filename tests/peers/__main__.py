@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = suites.find(output, chosen.transformers and chosen.transformers.resolve())
         if chosen.only:
             found = [suite for suite in found if any(name in suite.name for name in chosen.only)]
-        launch = suites.launcher(output, chosen.workers, chosen.expression)
-        return report([compare(suite, output / "runs", launch) for suite in found])
+        launch = suites.launcher(output, chosen.workers)
+        return report([compare(suite, output / "runs", launch, chosen.expression) for suite in found])
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import peft
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 import mmpeft_fast
-from tests.peers.suites import Launch, Suite
+from tests.peers.suites import NEEDED, Launch, Suite
 
 _SIDES = ("unfused", "fused")
 # Of pytest's: all passed, some failed, nothing left to run.
@@ -31,17 +32,25 @@ class Outcome:
     sides: dict[str, dict[str, dict]]
     differences: dict[str, str] = field(default_factory=dict)
     unsteady: dict[str, str] = field(default_factory=dict)
+    uncollected: dict[str, str] = field(default_factory=dict)  # what pytest could not even read, and why
 
 
-def compare(suite: Suite, folder: Path, launch: Launch) -> Outcome:
-    """Runs both sides, or what is left of them, and once more what differs."""
+def compare(suite: Suite, folder: Path, launch: Launch, expression: str | None = None) -> Outcome:
+    """Runs both sides, or what is left of them, and once more what differs. expression: of pytest's -k."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfused = run_side(suite, "unfused", folder, launch)
-    sides = {"unfused": unfused, "fused": run_side(suite, "fused", folder, launch, only=_comparable(unfused))}
+    unfused = run_side(suite, "unfused", folder, launch, expression)
+    only = _comparable(unfused)
+    sides = {"unfused": unfused, "fused": run_side(suite, "fused", folder, launch, expression, only=only)}
     outcome = Outcome(suite, sides)
+    outcome.uncollected = {id: note["reason"] for id, note in unfused.items() if note.get("collecting")}
+    if not unfused and expression is None:
+        outcome.uncollected[suite.name] = "not one test was found"
     differing = _differing(sides)
     if differing:
-        again = {side: run_side(suite, side, folder, launch, only=list(differing), is_again=True) for side in _SIDES}
+        again = {
+            side: run_side(suite, side, folder, launch, expression, only=list(differing), is_again=True)
+            for side in _SIDES
+        }
         outcome.differences = _differing(again)
         outcome.unsteady = {id: why for id, why in differing.items() if id not in outcome.differences}
     return outcome
@@ -63,12 +72,18 @@ def _differing(sides: Mapping[str, Mapping[str, dict]]) -> dict[str, str]:
 
 
 def run_side(
-    suite: Suite, side: str, folder: Path, launch: Launch, only: list[str] | None = None, is_again: bool = False
+    suite: Suite,
+    side: str,
+    folder: Path,
+    launch: Launch,
+    expression: str | None,
+    only: list[str] | None = None,
+    is_again: bool = False,
 ) -> dict[str, dict]:
     """The results of one side by test id; runs what is not there yet for these versions. only: these tests alone;
     is_again: kept beside those of the first time."""
     stem = f"{suite.name.replace(' ', '-')}.{side}" + (".again" if is_again else "")
-    file, head = folder / f"{stem}.jsonl", _versions(suite, side, only)
+    file, head = folder / f"{stem}.jsonl", _versions(suite, side, only, expression)
     if only == []:
         return {}
     lines = _lines(file)
@@ -79,9 +94,12 @@ def run_side(
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")  # without half a line
         arguments = [
             str(suite.file.relative_to(suite.root)), f"--rootdir={suite.root}", "-o", "addopts=",
-            "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
+            # A suite may make errors of warnings, and a later version of a library it uses may warn.
+            "-W", "default::FutureWarning", "-W", "default::DeprecationWarning", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
             f"--peers-results={file}",
         ]  # fmt: skip
+        if expression is not None:
+            arguments += ["-k", expression]
         if side == "fused":
             arguments.append("--peers-fuse")
         for option, ids in (("done", [line["id"] for line in lines if "id" in line]), ("only", only)):
@@ -98,14 +116,21 @@ def run_side(
     return {line["id"]: line for line in lines if "id" in line}
 
 
+def _version_of(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def _lines(file: Path) -> list[dict]:
     """The whole lines of a file of results."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _versions(suite: Suite, side: str, only: list[str] | None) -> dict:
-    """What a side's results rest on."""
+def _versions(suite: Suite, side: str, only: list[str] | None, expression: str | None) -> dict:
+    """What a side's results rest on. only: the tests that were chosen, by id; expression: by pytest's -k."""
     files = [suite.file, *(Path(__file__).with_name(name) for name in ("fusing.py", "hub.py"))]
     if side == "fused":
         package = Path(mmpeft_fast.__file__).parent
@@ -115,11 +140,14 @@ def _versions(suite: Suite, side: str, only: list[str] | None) -> dict:
         digest.update(file.read_bytes())
     digest.update(repr(only).encode())
     libraries = {library.__name__: library.__version__ for library in (peft, transformers, torch)}
+    helpers = {name: _version_of(name) for name in ("accelerate", "pytest", "pytest-xdist", *NEEDED.values())}
     return {
         "suite": suite.name,
         "side": side,
         "python": platform.python_version(),
         **libraries,
+        "helpers": helpers,
+        "chosen": expression,
         "digest": digest.hexdigest(),
     }
 
@@ -152,7 +180,7 @@ def _count(notes: Mapping[str, dict], outcome: str) -> int:
 
 
 def report(outcomes: list[Outcome]) -> int:
-    """Prints counts, then every difference; the exit status."""
+    """Prints counts, then every difference; the exit status: 1 for a difference, 2 where a suite says nothing."""
     for outcome in outcomes:
         print(f"\n{outcome.suite}")
         for side, notes in outcome.sides.items():
@@ -165,9 +193,11 @@ def report(outcomes: list[Outcome]) -> int:
         wanted = sum(any(sign in reason for sign in _OF_NETWORK) for reason in failed)
         if failed:
             print(f"  {len(failed)} fail unfused and say nothing; {wanted} of them could not run without a network")
+        for id, why in outcome.uncollected.items():
+            print(f"  error: {id} could not be collected: {why}")
         for title, found in (("differs", outcome.differences), ("differed once, not again", outcome.unsteady)):
             for id, why in found.items():
                 print(f"  {title}: {id}: {why}")
     number = sum(len(outcome.differences) for outcome in outcomes)
     print(f"\n{number} differences")
-    return int(number > 0)
+    return 2 if any(outcome.uncollected for outcome in outcomes) else int(number > 0)

@@ -192,7 +192,8 @@ class _Peers:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self._write(id=report.nodeid, outcome="failed", reason=_reason(report), eligible=0, fused=0)
+            note = {"outcome": "failed", "reason": _reason(report), "eligible": 0, "fused": 0, "collecting": True}
+            self._write(id=report.nodeid, **note)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):

@@ -19,7 +19,7 @@ from tests.peers.hub import write_hub
 _PEFT = ("test_decoder_models", "test_initialization", "test_mixed", "test_lora_variants", "test_tuners_utils")
 _TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3", "llava", "qwen2_vl")
 # What the suites import beyond this project's requirements: module and distribution.
-_NEEDED = {
+NEEDED = {
     "parameterized": "parameterized", "scipy": "scipy", "diffusers": "diffusers", "requests": "requests",
     "importlib_metadata": "importlib_metadata", "zipp": "zipp", "urllib3": "urllib3", "certifi": "certifi",
     "charset_normalizer": "charset-normalizer", "idna": "idna", "httpx": "httpx",
@@ -75,7 +75,7 @@ def _pip(*arguments: object) -> str | None:
 def _install_needed(target: Path) -> None:
     """Puts what only the suites import into a folder of its own."""
     sys.path.append(str(target))
-    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         error = _pip("install", "--no-deps", "--target", target, *missing)
         if error is not None:
@@ -105,7 +105,7 @@ def _peft_source(folder: Path) -> Path | None:
     return root
 
 
-def launcher(output: Path, workers: int, expression: str | None = None) -> Launch:
+def launcher(output: Path, workers: int) -> Launch:
     """Runs pytest in a process of its own, which ends with this one."""
     places = [_HERE, _ROOT, output / "packages", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
@@ -118,10 +118,9 @@ def launcher(output: Path, workers: int, expression: str | None = None) -> Launc
     }
     is_parallel = importlib.util.find_spec("xdist") is not None and workers > 1
     parallel = ["-n", str(workers), "--dist", "worksteal"] if is_parallel else []
-    chosen = [] if expression is None else ["-k", expression]
 
     def launch(arguments: list[str], folder: Path) -> int:
-        command = [sys.executable, "-m", "pytest", *parallel, *chosen, *arguments]
+        command = [sys.executable, "-m", "pytest", *parallel, *arguments]
         with open(output / "pytest.log", "ab") as log:
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True

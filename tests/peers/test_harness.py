@@ -104,3 +104,19 @@ def test_no_difference_is_success(suite, tmp_path, capsys):
     outcome = compare(suite, tmp_path / "runs", Launch())
     assert report([outcome]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "0 differences"
+
+
+def test_other_chosen_tests_are_another_run(suite, tmp_path):
+    launch, runs = Launch(), tmp_path / "runs"
+    assert [*compare(suite, runs, launch, "without").sides["unfused"]] == ["test_made_up.py::test_without_a_model"]
+    assert len(compare(suite, runs, launch).sides["unfused"]) == 4
+    head = json.loads((runs / "made-up.unfused.jsonl").read_text().splitlines()[0])
+    assert head["helpers"]["pytest"] == pytest.__version__ and head["chosen"] is None
+
+
+@pytest.mark.parametrize("content", ["import not_there_at_all", ""])
+def test_a_suite_that_cannot_be_collected_is_an_error(suite, tmp_path, capsys, content):
+    suite.file.write_text(content)
+    outcome = compare(suite, tmp_path / "runs", Launch())
+    assert report([outcome]) == 2
+    assert "could not be collected" in capsys.readouterr().out

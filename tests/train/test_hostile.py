@@ -361,6 +361,24 @@ def continuations(rng, tools):
         model.config.text_config.attention_dropout = 0.1
         return model
 
+    def other_modules():
+        model = _lora(fresh())
+        decoder = model.model.language_model
+        change = rng.choice((
+            lambda: decoder.rotary_emb.inv_freq.mul_(0.5),
+            lambda: setattr(decoder.layers[0].input_layernorm, "variance_epsilon", 1e-3),
+            lambda: setattr(decoder.layers[0].self_attn, "scaling", 0.5),
+            lambda: setattr(decoder.layers[0].mlp, "act_fn", torch.nn.GELU()),
+            lambda: fuse(model, keep_logits=True),
+        ))  # fmt: skip
+        change()
+        return model
+
+    def other_attention():
+        model = _lora(fresh())
+        model.set_attn_implementation({"vision_config": "eager"})
+        return model
+
     def other_order():
         first, second = rng.sample(range(len(run["dataset"])), 2)
         samples = list(run["dataset"])
@@ -390,6 +408,8 @@ def continuations(rng, tools):
         "model.dtype": lambda: {"model": _lora(fresh().bfloat16())},
         "model.weights": lambda: {"model": other_weights()},
         "model.config.text_config.attention_dropout": lambda: {"model": other_config()},
+        "model.modules": lambda: {"model": other_modules()},
+        r"model\.attention of model\.vision_tower": lambda: {"model": other_attention()},
         "model.trained_values": lambda: {"model": _lora(fresh()).requires_grad_(True)},
         "data": lambda: {"dataset": rng.choice((other_order, other_text, other_image))()},
         "num_samples": lambda: {"dataset": run["dataset"][:-1]},

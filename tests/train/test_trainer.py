@@ -187,7 +187,9 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(run, make_model, 
     frozen.lm_head.requires_grad_(False)
     with pytest.raises(ValueError, match=r"model\.trained_values \d+ \(now \d+\), model\.weights '\w+' \(now '\w+'\)$"):
         run(replace(CONFIG, max_steps=2), model=frozen, resume=True)
-    with pytest.raises(ValueError, match=r"model\.dtype \['float32'\] \(now \['float64'\]\)$"):
+    with pytest.raises(
+        ValueError, match=r"model\.dtype \['float32'\] \(now \['float64'\]\), model\.modules '\w+' \(now '\w+'\)$"
+    ):
         run(replace(CONFIG, max_steps=2), dtype=torch.float64, resume=True)
     weights = result.checkpoint / PARAMETERS
     weights.write_bytes(weights.read_bytes()[:100])
