@@ -95,8 +95,8 @@ def run_side(
         arguments = [
             str(suite.file.relative_to(suite.root)), f"--rootdir={suite.root}", "-o", "addopts=",
             # A suite may make errors of warnings, and a later version of a library it uses may warn.
-            "-W", "default::FutureWarning", "-W", "default::DeprecationWarning", "--import-mode=importlib", "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short",
-            f"--peers-results={file}",
+            "-W", "default::FutureWarning", "-W", "default::DeprecationWarning", "--import-mode=importlib",
+            "-p", "no:cacheprovider", "-p", "fusing", "-q", "--tb=short", f"--peers-results={file}",
         ]  # fmt: skip
         if expression is not None:
             arguments += ["-k", expression]
