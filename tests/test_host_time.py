@@ -3,8 +3,11 @@
 import pytest
 import triton
 
-from bench import host
+from bench import host, step
+from mmpeft_fast import METHODS, add_peft, fuse, make_method
+from mmpeft_fast.ops import tape
 
+SETTINGS = {"lora": {"r": 4, "dropout": 0.1}, "adapter": {"bottleneck": 8, "dropout": 0.1}}
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is launched")
 
 
@@ -15,10 +18,28 @@ def test_a_fused_layer_takes_the_host_less_than_hf_peft():
     assert found["fused_ms"] < 1.1 * found["peft_ms"], found
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_call_of_a_step_is_taped(method):
+    """And launches as many compiled kernels from tapes as without."""
+    small = "--hidden 64 --intermediate 96 --layers 3 --heads 2 --kv-heads 1 --vocab 50 --seq-len 64 --supervised 0.3"
+    args = step.parse([*small.split(), "--dtype", "bf16"])
+    counts = []
+    with host.stub_gpu() as stub:
+        model = fuse(add_peft(step.decoder(args), make_method(method, **SETTINGS.get(method, {})))).train()
+        batch = step.inputs(args)
+        for _ in range(4):
+            before = stub.launches
+            step.step(model, batch)
+            counts.append(stub.launches - before)
+        tapes = list(tape._tapes.values())
+        assert len(tapes) >= 8 * 3 and all(map(callable, tapes))
+    assert len(set(counts)) == 1
+
+
 def test_the_stub_leaves_nothing_behind():
     from triton.runtime import driver
 
-    from mmpeft_fast.ops import dispatch, tape
+    from mmpeft_fast.ops import dispatch
 
     before = driver._active, dispatch.is_gpu, dispatch.table_of
     with host.stub_gpu():
