@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmpeft_fast.labels import IGNORE_INDEX
+
 
 class Span(NamedTuple):
     """Queries [start, stop) of a row that attend to its keys [first, last): causally where these are the same tokens,
@@ -66,21 +68,24 @@ class Documents:
         return [sum(length for length, _ in row) for row in self.rows]
 
     @functools.cached_property
+    def bounds(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Of each row, where its documents begin and end."""
+        ends = [[0, *itertools.accumulate(length for length, _ in row)] for row in self.rows]
+        return tuple(tuple(itertools.pairwise(of_row)) for of_row in ends)
+
+    @functools.cached_property
     def levels(self) -> tuple[tuple[Span, ...], ...]:
         """Attention in parts, each of whose spans have queries of their own: every document on itself, then what is
         below the documents of depth 0, 1, .. on these."""
         own: list[Span] = []
         below: dict[int, list[Span]] = {}
-        for row_idx, row in enumerate(self.rows):
-            starts = [0]
-            for length, _ in row:
-                starts.append(starts[-1] + length)
-            ends = list(starts[1:])  # of a document with all that is below it
+        for row_idx, (row, bounds) in enumerate(zip(self.rows, self.bounds, strict=True)):
+            ends = [stop for _, stop in bounds]  # of a document with all that is below it
             for index in reversed(range(len(row))):
                 parent = row[index][1]
                 if parent >= 0:
                     ends[parent] = max(ends[parent], ends[index])
-            for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+            for index, (start, stop) in enumerate(bounds):
                 if stop > start:
                     own.append(Span(row_idx, start, stop, start, stop))
                     if ends[index] > stop:
@@ -93,14 +98,12 @@ class Documents:
         None."""
         length = max(self.lengths, default=0) if length is None else length
         positions = torch.zeros(len(self.rows), length, dtype=torch.long)
-        for row_idx, row in enumerate(self.rows):
-            ends: list[int] = []
-            start = 0
-            for size, parent in row:
+        for row_idx, (row, bounds) in enumerate(zip(self.rows, self.bounds, strict=True)):
+            ends: list[int] = []  # positions at which documents end
+            for (size, parent), (start, stop) in zip(row, bounds, strict=True):
                 first = 0 if parent < 0 else ends[parent]
-                positions[row_idx, start : start + size] = torch.arange(first, first + size)
+                positions[row_idx, start:stop] = torch.arange(first, first + size)
                 ends.append(first + size)
-                start += size
         return positions.to(device)
 
     def mask(self, length: int, device: torch.device | str = "cpu") -> Tensor:
@@ -137,14 +140,12 @@ def _tables(documents: Documents, length: int, device: torch.device) -> tuple[Te
     most = max((len(row) for row in documents.rows), default=0) + 1
     sees = torch.zeros(len(documents.rows), most, most, dtype=torch.bool)
     document = torch.full((len(documents.rows), length), most - 1)
-    for row_idx, row in enumerate(documents.rows):
-        start = 0
-        for index, (size, _) in enumerate(row):
-            document[row_idx, start : start + size] = index
+    for row_idx, (row, used) in enumerate(zip(documents.rows, documents.lengths, strict=True)):
+        if used > length:
+            raise ValueError(f"documents: expected at most {length} tokens in row {row_idx}, got {used}")
+        for index, (start, stop) in enumerate(documents.bounds[row_idx]):
+            document[row_idx, start:stop] = index
             sees[row_idx, index, _above(row, index)] = True
-            start += size
-        if start > length:
-            raise ValueError(f"documents: expected at most {length} tokens in row {row_idx}, got {start}")
     return sees.to(device), document.to(device)
 
 
@@ -154,11 +155,15 @@ def not_targets(documents: Documents, length: int, device: torch.device) -> Tens
     is not beside it, and those that documents below share, whose loss would count once instead of for each of these."""
     found = torch.zeros(len(documents.rows), length, dtype=torch.bool)
     for row_idx, row in enumerate(documents.rows):
-        parents, start = {parent for _, parent in row}, 0
-        for index, (size, _) in enumerate(row):
-            found[row_idx, start : start + (size if index in parents else min(1, size))] = True
-            start += size
+        parents = {parent for _, parent in row}
+        for index, (start, stop) in enumerate(documents.bounds[row_idx]):
+            found[row_idx, start : stop if index in parents else min(start + 1, stop)] = True
     return found.to(device)
+
+
+def misplaced(documents: Documents, labels: Tensor) -> Tensor:
+    """[B, T] bool: labels [B, T] that stand on `not_targets`."""
+    return (labels != IGNORE_INDEX) & not_targets(documents, labels.shape[1], labels.device)
 
 
 def with_dense_mask(batch: Mapping[str, Any]) -> dict[str, Any]:

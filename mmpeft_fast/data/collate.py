@@ -21,9 +21,9 @@ from mmpeft_fast.labels import IGNORE_INDEX
 # Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
 HOST_HINTS = ("supervised_capacity", "right_padded")
 
-# A question and an answer, as the shortest conversation that a template takes.
 # Longer than any sample: more would be a mistake, and fill the memory with padding.
 _MOST_MULTIPLE = 1 << 16
+# A question and an answer, as the shortest conversation that a template takes.
 _PAIR = [
     {"role": "user", "content": [{"type": "text", "text": "question"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "answer"}]},

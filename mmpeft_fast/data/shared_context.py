@@ -90,15 +90,10 @@ class SharedContextCollator(Collator):
             shown = members[:1] if shared else members
             images += [with_image.index(index) for index in shown if samples[index].image is not None]
 
-        batch = {name: torch.cat(parts)[None] for name, parts in packed.items()}
         documents = Documents((tuple(lengths),))
-        batch |= {"position_ids": documents.position_ids(), "attention_mask": torch.ones_like(batch["labels"])}
-        missing = -batch["labels"].shape[1] % self.multiple_of
-        padding = {"input_ids": self._pad_token_id, "labels": IGNORE_INDEX}
-        batch = {
-            name: torch.nn.functional.pad(value, (0, missing), value=padding.get(name, 0))
-            for name, value in batch.items()
-        }
+        row = {name: torch.cat(parts) for name, parts in packed.items()}
+        row |= {"position_ids": documents.position_ids()[0], "attention_mask": torch.ones_like(row["labels"])}
+        batch = self._pad([row])
         if images != list(range(len(with_image))):
             image_inputs = {name: value[images] for name, value in image_inputs.items()}
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))

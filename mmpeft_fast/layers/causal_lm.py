@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mmpeft_fast.documents import Documents, check_documents, not_targets
+from mmpeft_fast.documents import Documents, check_documents, misplaced
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
@@ -155,14 +155,15 @@ class FusedCausalLM(Swapped):
         if not self.full_attention:
             raise ValueError("documents: expected attention to every token before, but the decoder's window slides")
         if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.shape == (batch, length):
-            marked = (labels != IGNORE_INDEX) & not_targets(documents, length, labels.device)
+            marked = misplaced(documents, labels)
             if marked.any():
                 row, position = marked.nonzero()[0].tolist()
                 raise ValueError(
                     "documents: expected labels where one token beside it predicts another, not on a document's first "
                     f"token nor on what several documents share, got one at row {row}, position {position}"
                 )
-        if self._runs_fused():
+        layers = self._mark_tail()
+        if layers and self._run_fused(layers):
             # Of four dimensions, so that no mask is made of it; the layers do not read it.
             return {
                 "documents": documents, "use_cache": False,
@@ -174,10 +175,9 @@ class FusedCausalLM(Swapped):
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return {"use_cache": False, "attention_mask": mask}
 
-    def _runs_fused(self) -> bool:
-        """Whether every layer of the decoder would run fused, and is called as it is known to be."""
-        layers = self._mark_tail()
-        return bool(layers) and all(is_fused(layer, self.paths) and not has_hooks(layer) for layer in layers)
+    def _run_fused(self, layers: list[nn.Module]) -> bool:
+        """Whether all layers would run fused, and are called as they are known to be."""
+        return all(is_fused(layer, self.paths) and not has_hooks(layer) for layer in layers)
 
     def _may_be_packed(self, kwargs) -> bool:
         """Without a mask and a cache transformers takes positions that jump for several sequences in one."""
@@ -270,7 +270,7 @@ class FusedCausalLM(Swapped):
         if layers and not has_hooks(layers[-1]):
             is_padding = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None
             can_be_ignored = right_padded and self.full_attention and is_padding and not self._may_be_packed(kwargs)
-            if can_be_ignored and all(is_fused(layer, self.paths) and not has_hooks(layer) for layer in layers):
+            if can_be_ignored and self._run_fused(layers):
                 tail["ignore_padding"] = True
             if self.sparse_last_layer and rows.shape[1] <= _SPARSE_SHARE * labels.shape[1]:
                 tail["supervised_rows"] = rows
@@ -285,8 +285,7 @@ class FusedCausalLM(Swapped):
             if supervised_capacity is not None and rows.shape[1] < labels.shape[1]:
                 loss = loss * overflow(labels, supervised_capacity)
             if documents is not None:  # what is an error on the CPU
-                marked = (labels != IGNORE_INDEX) & not_targets(documents, labels.shape[1], labels.device)
-                loss = loss * torch.where(marked.any(), torch.nan, 1.0)
+                loss = loss * torch.where(misplaced(documents, labels).any(), torch.nan, 1.0)
         names = ("past_key_values", "hidden_states", "attentions", "image_hidden_states", "video_hidden_states")
         fields = {name: outputs.get(name) for name in names}
         return self.output_class(loss=loss, **{k: v for k, v in fields.items() if v is not None})

@@ -11,9 +11,6 @@ merged by log-sum-exp:
     L = logaddexp(L_main, L_prefix),  o = o_main exp(L_main - L) + sum_p exp(s_p - L) v_p
 """
 
-import functools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -59,7 +56,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, runner, overwrite, *arguments):
         tensors, ctx.options = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
         ctx.runner = runner or AttentionRunner(kernel_set("attention", tensors[0]))
-        kept = _step((_forward, ctx.runner, ctx.options, _needs(ctx), overwrite), tensors)
+        arguments = ctx.options, _needs(ctx), overwrite
+        kept = tape.run_step(_forward, ctx.runner, arguments, tensors, state=shapes_repeat())
         ctx.is_raw, ctx.more = kept.is_raw, (kept.joint, kept.kernel)
         ctx.save_for_backward(*kept[:3], *tensors[3:], kept.out, kept.lse, *kept.extra)
         return kept.out
@@ -67,17 +65,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        key = _backward, ctx.runner, ctx.options, _needs(ctx), ctx.is_raw, ctx.more
-        grads = _step(key, (dout, *ctx.saved_tensors))
+        arguments = ctx.options, _needs(ctx), ctx.is_raw, ctx.more
+        grads = tape.run_step(_backward, ctx.runner, arguments, (dout, *ctx.saved_tensors), state=shapes_repeat())
         return None, None, *grads, *(None,) * (len(AttentionCall._fields) - NUM_DIFFERENTIABLE)
-
-
-def _step(key: tuple, tensors: Sequence[Tensor | None]):
-    """key: the step, its runner and what it is called with before the tensors."""
-    step, runner, *arguments = key
-    if runner.is_taped:
-        return tape.run((*key, shapes_repeat()), tensors, functools.partial(step, runner, *arguments))
-    return step(runner, *arguments, *tensors)
 
 
 def _forward(runner, options: tuple, need: tuple[bool, ...], overwrite: bool, *tensors) -> AttentionKept:

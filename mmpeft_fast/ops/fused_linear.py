@@ -12,7 +12,7 @@ a = D drop(h) only, recomputes h from x and z from a, and computes nothing that 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, runner, check, spec, carry, *tensors):
         ctx.runner, ctx.spec = runner or schedule.Runner(kernel_set("fused_linear", tensors[4])), spec
-        key = _forward, ctx.runner, spec, ctx.needs_input_grad[4:]
-        outputs, saved, ctx.lengths = _step(key, tensors, check)
+        arguments = spec, ctx.needs_input_grad[4:]
+        outputs, saved, ctx.lengths = tape.run_step(_forward, ctx.runner, arguments, tensors, check=check)
         ctx.output_shapes = [y.shape for y in outputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -66,21 +66,9 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
         dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
-        key = _backward, ctx.runner, ctx.spec, ctx.needs_input_grad[4:], ctx.lengths, len(dys)
-        return None, None, None, None, *_step(key, (*dys, dcarry, *ctx.saved_tensors))
-
-
-def _step(key: tuple, tensors: Sequence[Tensor | None], check: Callable[[], None] | None = None):
-    """key: the step, its runner and what it is called with before the tensors. A call of a geometry that is on a tape
-    was checked when it was recorded."""
-    step, runner, *arguments = key
-
-    def run(*tensors):
-        if check is not None:
-            check()
-        return step(runner, *arguments, *tensors)
-
-    return tape.run(key, tensors, run) if runner.is_taped else run(*tensors)
+        arguments = ctx.spec, ctx.needs_input_grad[4:], ctx.lengths, len(dys)
+        grads = tape.run_step(_backward, ctx.runner, arguments, (*dys, dcarry, *ctx.saved_tensors))
+        return None, None, None, None, *grads
 
 
 def _forward(runner, spec: CallSpec, flags: tuple[bool, ...], *tensors: Tensor | None):

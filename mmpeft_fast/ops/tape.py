@@ -65,6 +65,23 @@ def forget() -> None:
     _tapes.clear()
 
 
+def run_step(step: Callable, runner, arguments: tuple, tensors: Sequence[Tensor | None], *, check=None, state=None):
+    """step(runner, *arguments, *tensors), by `run` where the runner's calls are taped.
+
+    step: a function of its arguments and `state` alone; they are the key. check: called before the step, and not where
+    a call of this geometry was checked when it was recorded.
+    """
+
+    def function(*tensors):
+        if check is not None:
+            check()
+        return step(runner, *arguments, *tensors)
+
+    if not runner.is_taped:
+        return function(*tensors)
+    return run((step, runner, arguments, state), tensors, function)
+
+
 def run(key: Hashable, tensors: Sequence[Tensor | None], function: Callable[..., _Result]) -> _Result:
     """function(*tensors), from a tape where a call of the same key and geometry was recorded.
 
@@ -276,10 +293,10 @@ class _Recording(TorchDispatchMode):
         self._reads.append(name)
         return name
 
-    def _call(self, function: Callable, args: Sequence, kwargs: dict, *more: str) -> str:
+    def _call(self, function: Callable, args: Sequence, kwargs: dict) -> str:
         given = [self._text(value) for value in args]
         given += [f"{name}={self._text(value)}" for name, value in kwargs.items()]
-        return f"{self._constant(function)}({', '.join((*given, *more))})"
+        return f"{self._constant(function)}({', '.join(given)})"
 
     def _text(self, value: object) -> str:
         if isinstance(value, Tensor):

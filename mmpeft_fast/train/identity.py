@@ -124,11 +124,9 @@ def _sums(tensor: Tensor) -> list[int]:
 def _model(model: nn.Module) -> dict[str, Any]:
     base = base_model(model)
     # Recorded layers take other kernels of the libraries: other roundings.
-    graphs = (
-        {"cuda_graphs": True} if any(getattr(module, "graphs", None) is not None for module in model.modules()) else {}
-    )
+    has_graphs = is_fused(model) and fuse_report(model).graphs is not None
     return {
-        **graphs,
+        **({"cuda_graphs": True} if has_graphs else {}),
         "class": type(base).__name__,
         "fused": is_fused(model),
         "config": _without_origin(base.config.to_dict()),
