@@ -18,9 +18,9 @@ from torch import nn
 from bench import step
 from bench.rows import append_rows, environment, interleaved, quantiles
 from mmpeft_fast import Documents, LoRA, fuse, saved_bytes
+from mmpeft_fast.documents import with_dense_mask
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
-from mmpeft_fast.stored.baseline import add_baseline
 
 IMPLEMENTATIONS = ("peft", "fused")
 LAYOUTS = ("separate", "shared")
@@ -51,23 +51,13 @@ def batches(args) -> dict[str, dict]:
 
 
 def models(args) -> dict[str, nn.Module]:
-    torch.manual_seed(args.seed)
-    method = LoRA(r=args.r, alpha=2 * args.r, dropout=args.dropout)
-    peft, _ = add_baseline(step.decoder(args), method)
-    generator = torch.Generator().manual_seed(args.seed)
-    for parameter in peft.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=generator).mul_(0.02).to(parameter.dtype)
-        parameter.data = parameter.data.to(DTYPES[args.dtype])
-    return {"peft": peft.train(), "fused": fuse(copy.deepcopy(peft)).train()}
+    peft = step.baseline(args, LoRA(r=args.r, alpha=2 * args.r, dropout=args.dropout), fp32_adapters=False)
+    return {"peft": peft, "fused": fuse(copy.deepcopy(peft))}
 
 
 def inputs_of(implementation: str, batch: dict) -> dict:
     """A batch as the implementation takes it: HF PEFT gets a dense mask made beforehand."""
-    if implementation == "fused" or "documents" not in batch:
-        return batch
-    plain = {name: value for name, value in batch.items() if name != "documents"}
-    return {**plain, "attention_mask": batch["documents"].mask(batch["labels"].shape[1])}
+    return batch if implementation == "fused" else with_dense_mask(batch)
 
 
 def gradient_error(args) -> float:

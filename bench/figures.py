@@ -14,12 +14,12 @@ is arithmetic, a goal or a setting, and listed as such here, or it is a figure w
 
 import argparse
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.rows import read_rows
 from bench.table import table
 from mmpeft_fast.atomic import write_text
 
@@ -34,7 +34,7 @@ _MEASUREMENT = re.compile(r"(?<![\w.])\d[\d,.]*(?:x|\s?(?:ms|us|GiB|MiB|tokens/s
 @functools.cache
 def rows(path: str) -> tuple[dict, ...]:
     """The rows of a file below bench/results."""
-    return tuple(json.loads(line) for line in (RESULTS / path).read_text().splitlines())
+    return tuple(read_rows(RESULTS / path))
 
 
 def newest(path: str, **wanted: object) -> dict:

@@ -63,6 +63,12 @@ def environment() -> dict[str, object]:
     }
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file; a last line that was cut off is left out."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Adds rows to a JSON-lines file; the file has all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)

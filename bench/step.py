@@ -11,10 +11,11 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from bench.rows import append_rows, environment, interleaved, quantiles
-from mmpeft_fast import METHODS, fuse, make_method, saved_bytes
+from mmpeft_fast import METHODS, Method, fuse, make_method, saved_bytes
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.stored.baseline import add_baseline
@@ -52,20 +53,27 @@ def settings(args, method: str) -> dict:
 
 def implementations(args, method: str) -> dict:
     """Models by implementation, trained parameters off their initial zeros; `peft` has the base's dtype throughout."""
-    models = {"frozen": decoder(args).requires_grad_(False).train()}
-    for name in ("peft", "fused"):
-        torch.manual_seed(args.seed)
-        model, _ = add_baseline(decoder(args), make_method(method, **settings(args, method)))
-        generator = torch.Generator().manual_seed(args.seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += torch.randn(parameter.shape, generator=generator).mul_(0.02).to(parameter.dtype)
-        if not args.fp32_adapters:
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(DTYPES[args.dtype])
-        models[name] = (fuse(model) if name == "fused" else model).train()
-    return models
+    models = {name: baseline(args, make_method(method, **settings(args, method))) for name in ("peft", "fused")}
+    fuse(models["fused"])
+    return {"frozen": decoder(args).requires_grad_(False).train(), **models}
+
+
+def baseline(args, method: Method, *, fp32_adapters: bool | None = None) -> nn.Module:
+    """The decoder with HF PEFT's form of a method, trained parameters off their initial zeros; the same at every call.
+
+    fp32_adapters: what was trained stays in float32; as `args` say where None.
+    """
+    torch.manual_seed(args.seed)
+    model, _ = add_baseline(decoder(args), method)
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator).mul_(0.02).to(parameter.dtype)
+    if not (args.fp32_adapters if fp32_adapters is None else fp32_adapters):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES[args.dtype])
+    return model.train()
 
 
 def step(model, batch, *, frozen: bool = False):

@@ -1,8 +1,9 @@
 """The README's table from step rows: python -m bench.table bench/results/<device>/step.jsonl."""
 
 import argparse
-import json
 from pathlib import Path
+
+from bench.rows import read_rows
 
 COLUMNS = ("method", "dtype", "step / frozen: peft", "fused", "fused / peft", "saved MiB: frozen", "peft", "fused")
 
@@ -26,7 +27,11 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("rows", type=Path)
-    rows = [json.loads(line) for line in parser.parse_args().rows.read_text().splitlines()]
+    path = parser.parse_args().rows
+    try:
+        rows = read_rows(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"expected a JSON-lines file of step rows, {path} cannot be read: {error}")
     print(table(rows))
 
 

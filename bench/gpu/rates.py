@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.gpu.tuned import of_section, read_rows
+from bench.gpu.tuned import of_section
+from bench.rows import read_rows
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import dispatch
 from mmpeft_fast.plan.devices import Device, device_named

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
+from bench.rows import read_rows
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.ops import dispatch, tape
@@ -214,12 +215,6 @@ def table(rows: Sequence[dict], source: str) -> dispatch.Table:
         device=device, source=source, providers=providers(rows, allowed), gemm=ways, tiles=tiles(rows, ways),
         ways=other_ways(rows),
     )  # fmt: skip
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; a last line that was cut off is left out."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def write_table(folder: Path, made: dispatch.Table) -> Path:

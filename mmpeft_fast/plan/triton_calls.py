@@ -4,9 +4,8 @@ A call of the kernel set counts as one work. Its FLOPs are those of the same cal
 the kernel set; its bytes are the operands of its launches, each pointer once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -58,26 +57,15 @@ def dispatched_as(gpu_name: str) -> Iterator[None]:
     layouts, tiles. A GPU without a table is taken to run Triton's kernels."""
     from mmpeft_kernels.tile import architecture, assumed_architecture
 
-    gpu, table = torch.device("cuda"), dispatch.table_named(gpu_name)
-
-    def there(decide: Callable) -> Callable:
-        """`decide` for an operand on that GPU; of an operand it reads shape, dtype and device."""
-
-        def decided(x, *args, **kwargs):
-            return decide(SimpleNamespace(device=gpu, dtype=x.dtype, shape=x.shape), *args, **kwargs)
-
-        return decided
-
-    wants_layout = dispatch.wants_layout
+    table = dispatch.table_named(gpu_name)
     replaced = {
+        "is_gpu": lambda device: True,
         "table_of": lambda device: table,
         "why_no_triton": lambda device: None,
-        "wants_layout": lambda device, *shape: wants_layout(gpu, *shape),
         "_measured": dispatch._measured.__wrapped__,  # its cache is of the GPU that is there
         "_architecture": lambda device: architecture(torch.device("meta")),
         "_say_unmeasured": lambda *what: None,  # nothing runs
     }
-    replaced |= {name: there(getattr(dispatch, name)) for name in ("gemm_realisation", "dy_realisation", "draws_in_dx")}
     with ExitStack() as stack:
         if table is not None:
             stack.enter_context(assumed_architecture(table.architecture))
