@@ -13,6 +13,7 @@ TORCH_LIBRARY(mmpeft_fast_c, m) {
   m.def("prefix_backward(Tensor dout, Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse, float scale, Tensor(a!) dq, Tensor(b!) dprefix_k, Tensor(c!) dprefix_v) -> ()");
   m.def("cross_entropy(Tensor(a!) logits, Tensor labels, Tensor count, bool need_grad, Tensor(b!) loss) -> ()");
   m.def("activation(str name, Tensor a, Tensor? dz, Tensor(a!) out) -> ()");
+  m.def("unpack_4bit(Tensor packed, Tensor scales, Tensor code, int blocksize, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mmpeft_fast_c, CPU, m) {
@@ -25,4 +26,5 @@ TORCH_LIBRARY_IMPL(mmpeft_fast_c, CPU, m) {
   m.impl("prefix_backward", &mmpeft::prefix_backward);
   m.impl("cross_entropy", &mmpeft::cross_entropy);
   m.impl("activation", &mmpeft::activation);
+  m.impl("unpack_4bit", &mmpeft::unpack_4bit);
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 
 import peft
@@ -37,7 +38,7 @@ def _inactive(module) -> bool:
     return module.disable_adapters or module.merged
 
 
-def _read_lora(module: PeftLoraLinear) -> LinearSite:
+def read_lora(module: PeftLoraLinear) -> LinearSite:
     site = read_linear(module.get_base_layer())
     if _inactive(module):
         return site
@@ -57,12 +58,12 @@ def _read_lora(module: PeftLoraLinear) -> LinearSite:
         dropout = read_dropout(module.lora_dropout[name])
         branches.append(Branch(down.weight, up.weight, scaling, dropout=dropout))
         if up.bias is not None:
-            extra = (scaling * up.bias).to(site.segment.weight.dtype)
+            extra = (scaling * up.bias).to(site.segment.weight.dtype or up.bias.dtype)
             bias = extra if bias is None else bias + extra
     return LinearSite(site.segment._replace(branches=tuple(branches), bias=bias))
 
 
-def _read_ia3(module: PeftIA3Linear) -> LinearSite:
+def read_ia3(module: PeftIA3Linear) -> LinearSite:
     site = read_linear(module.get_base_layer())
     vectors = (
         [] if _inactive(module) else [module.ia3_l[name] for name in module.active_adapters if name in module.ia3_l]
@@ -82,11 +83,19 @@ def _read_ln_tuning(module: LNTuningLayer) -> NormSite:
     return read_norm(module.ln_tuning_layers[names[0]] if names else module.base_layer)
 
 
-@functools.cache
 def register_readers() -> None:
-    """Lets `read_linear` and `read_norm` understand HF PEFT's layers."""
-    register_linear(PeftLoraLinear, _read_lora, "lora_linear")
-    register_linear(PeftIA3Linear, _read_ia3, "ia3_linear")
+    """Lets sites be read on HF PEFT's layers, and on bitsandbytes' where that has been imported."""
+    _register_own_readers()
+    if "bitsandbytes" in sys.modules:
+        from mmpeft_fast import quantised
+
+        quantised.register()
+
+
+@functools.cache
+def _register_own_readers() -> None:
+    register_linear(PeftLoraLinear, read_lora, "lora_linear")
+    register_linear(PeftIA3Linear, read_ia3, "ia3_linear")
     register_norm(LNTuningLayer, _read_ln_tuning, "ln_tuning")
 
 

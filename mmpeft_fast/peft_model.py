@@ -18,7 +18,7 @@ from mmpeft_fast.layers.class_swap import check_restorable, is_swapped, own_clas
 from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
 from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.graphs import LayerGraphs
-from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.peft_linear import PeftLinear, can_carry
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
@@ -78,6 +78,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
         raise ValueError(f"add_peft: expected a method such as LoRA(r=16), got {method!r}")
     if model is not base_model(model):
         raise ValueError("add_peft: the model carries HF PEFT adapters already; expected a plain transformers model")
+    hf_peft.register_readers()
     family = family_of(model)
     if train_connector:
         family.require_connector()
@@ -97,7 +98,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
     sites = {role: [paths.at(layer, role) for layer in layers] for role in layer_roles(family, placement)}
     for role in (*placement.branches, *placement.scales):
         for linear in sites[role]:
-            if not isinstance(linear, PeftLinear) and type(linear) is not nn.Linear:
+            if not can_carry(linear):
                 raise ValueError(
                     f"add_peft: role {role!r} is a {type(linear).__name__}; expected a plain torch.nn.Linear"
                 )

@@ -11,11 +11,11 @@ import argparse
 import itertools
 import json
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peft.tuners.ia3 import Linear as PeftIA3Linear
 from peft.tuners.lora import Linear as PeftLoraLinear
@@ -57,11 +57,15 @@ def learn() -> dict[str, dict[str, list[str]]]:
         llama = FAMILIES["llama"]
         for config in configs:
             candidates(get_peft_model(_model(llama), config), llama)
-    versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
+        if find_spec("bitsandbytes") is not None:
+            from mmpeft_fast import quantised
+
+            for kind, role in quantised.ROLES.items():
+                known.judge_class(kind, role)
     table: dict[str, dict[str, list[str]]] = {}
     for (kind, digest), classes in sorted(learnt.items()):
         libraries = sorted({name.partition(".")[0] for name in classes})
-        release = [f"{library} {versions[library].partition('+')[0]}" for library in libraries]
+        release = [f"{library} {version(library).partition('+')[0]}" for library in libraries]
         table.setdefault(kind, {})[digest] = [*release, *sorted(classes)]
     return table
 

@@ -30,8 +30,10 @@ from mmpeft_fast.fusion import Candidate, candidates
 from mmpeft_fast.layers.causal_lm import supervised_targets
 from mmpeft_fast.layers.class_swap import is_swapped, own_class
 from mmpeft_fast.layers.graphless import Graphless
-from mmpeft_fast.layers.sites import is_plain
+from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.layers.sites import Unfusable, is_plain, packed_weights
 from mmpeft_fast.models import base_model, family_of
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.rows import take_rows
 from mmpeft_fast.placement import ATTENTION_ROLES, MLP_ROLES
 from mmpeft_fast.small_batches import made_batches
@@ -194,7 +196,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             # What wraps a fused class's forward later (mixed precision) is no part of the comparison.
             base.__dict__.pop("forward", None)
             for module in model.modules():
-                module.training = module not in layers and not layers.isdisjoint(module.modules())
+                # A linear layer with a packed weight may compute something else in evaluation.
+                holds_layers = module not in layers and not layers.isdisjoint(module.modules())
+                module.training = holds_layers or isinstance(module, nn.Linear)
             yield
     finally:
         for state in states:
@@ -267,15 +271,46 @@ def _run_in_double(module: nn.Module, *args, **kwargs):
     cache = kwargs.get("past_key_values")
     kept = [(entry, dict(entry.__dict__)) for entry in getattr(cache, "layers", ())]
     tensors = {f"inner.{name}": tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    packed = packed_weights(module)
 
     def run(args, kwargs):
         for entry, state in kept:
             entry.__dict__.update(state)
         wide = {name: _double(tensor) for name, tensor in tensors.items()}
-        return torch.func.functional_call(_ForwardOf(module), wide, args, kwargs)
+        with contextlib.ExitStack() as stack:
+            for linear, weight in packed.items():
+                stack.enter_context(_multiplies_in_double(linear, weight))
+            return torch.func.functional_call(_ForwardOf(module), wide, args, kwargs)
 
     args, kwargs = tree_map(_double, (args, kwargs))
     return checkpoint(run, args, kwargs, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextlib.contextmanager
+def _multiplies_in_double(linear: nn.Linear, weight: PackedWeight) -> Iterator[None]:
+    """Inside, a layer with a packed weight computes W h + b in float64. W is what the layer's own forward makes of the
+    identity, not what the fused code unpacks."""
+    own = linear.plain if isinstance(linear, PeftLinear) else type(linear)
+
+    def product(self, h: Tensor) -> Tensor:
+        bias, self._parameters["bias"] = self.bias, None
+        try:
+            with torch.no_grad():
+                identity = torch.eye(weight.shape[1], dtype=weight.dtype or torch.float32, device=h.device)
+                columns = own.forward(self, identity)
+        finally:
+            self._parameters["bias"] = bias
+        return nn.functional.linear(h, columns.t().double(), None if bias is None else bias.double())
+
+    # Where the product is looked up: inside a PeftLinear's forward, or as the layer's own.
+    name, value = "forward", functools.partial(product, linear)
+    if isinstance(linear, PeftLinear):
+        name, value = "plain", type("InDouble", (), {"forward": product})
+    linear.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del linear.__dict__[name]
 
 
 class _Run:
@@ -405,9 +440,10 @@ class _Run:
             yield Row(layer, part, f"gradient of {inner}", *self._difference(*grads, self._dtype()))
 
     def _row(self, part: Candidate, name: str, what: str, difference: float, allowed: float) -> Row:
-        """The row of a whole part; where a layer differs, of the half of it that does."""
+        """The row of a whole part; where a layer differs, of the half of it that does, unless weights are packed."""
         row = Row(part.fqn, name, what, difference, allowed)
-        if row.differs and part.part == _LAYERS and len(self.calls.get(part.fqn, ())) > 1:
+        has_halves = part.part == _LAYERS and len(self.calls.get(part.fqn, ())) > 1
+        if row.differs and has_halves and not packed_weights(part.module):
             row = row._replace(part=self._differing_half(part, allowed))
         return row
 
@@ -495,6 +531,10 @@ def _hidden_in(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Call
 
 def _can_be_widened(module: nn.Module) -> bool:
     """Whether a module's computation is replaced by another and all its tensors are plain ones, which float64 can
-    hold."""
-    tensors = [*module.parameters(), *module.buffers()]
+    hold, or packed weights that can be read."""
+    try:
+        packed = {id(linear.weight) for linear in packed_weights(module)}
+    except Unfusable:
+        return False
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in packed]
     return not isinstance(module, Graphless) and all(is_plain(t) and t.is_floating_point() for t in tensors)

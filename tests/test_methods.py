@@ -75,7 +75,9 @@ def test_refused_settings(name, settings, message):
 @pytest.mark.parametrize("init", ["bert", "kaiming"])
 def test_initialisation(init):
     torch.manual_seed(0)
-    branch = Bottleneck(512, 256, BranchPlacement(position="parallel", rank=64, init=init), torch.empty(0))
+    branch = Bottleneck(
+        512, 256, BranchPlacement(position="parallel", rank=64, init=init), dtype=torch.float32, device="cpu"
+    )
     bound = {"bert": 0.02, "kaiming": (1 / 512) ** 0.5 / 3**0.5}[init]  # standard deviations
     deviation = branch.down.std().item()
     assert abs(deviation - bound) < 0.05 * bound

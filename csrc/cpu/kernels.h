@@ -163,6 +163,15 @@ struct ActivationArgs {
   Rows out;
 };
 
+struct Unpack4BitArgs {
+  int64_t width;
+  const uint8_t* packed;  // two elements a byte, over all rows
+  const float* scales;    // one for 2^log2_blocksize elements, over all rows
+  const float* code;      // [16]
+  int log2_blocksize;
+  Rows out;
+};
+
 template <typename Args>
 using RowKernel = void (*)(const Args&, int64_t begin, int64_t end);
 
@@ -190,6 +199,7 @@ struct Kernels {
                                       float* scratch, float* dk, float* dv);
   RowKernel<CrossEntropyArgs> cross_entropy[kNumDtypes];
   RowKernel<ActivationArgs> activation[kNumDtypes];
+  RowKernel<Unpack4BitArgs> unpack_4bit[kNumDtypes];
 };
 
 // The table in use: the best that the processor runs, or what `use_instruction_set` asked for.

@@ -52,4 +52,9 @@ void cross_entropy(const at::Tensor& logits, const at::Tensor& labels, const at:
 // out = f(a), or dz f'(a) where dz is given; all [M, R].
 void activation(std::string_view name, const at::Tensor& a, const OptionalTensor& dz, const at::Tensor& out);
 
+// out [N, K] = code[index] scale of packed [NK / 2] bytes, scales [NK / blocksize] float32 and code [16] float32: element
+// i of the matrix, row after row, has the upper half of byte i / 2 where i is even, and scale i / blocksize.
+void unpack_4bit(const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& code, int64_t blocksize,
+                 const at::Tensor& out);
+
 }  // namespace mmpeft

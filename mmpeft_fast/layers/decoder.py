@@ -17,7 +17,7 @@ from mmpeft_fast.layers.class_swap import Swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphs import Inputs, LayerGraphs
 from mmpeft_fast.layers.prefix import CallPrefix
-from mmpeft_fast.layers.reading import LayerSites, Recorded, check_arguments, sites_of
+from mmpeft_fast.layers.reading import LayerSites, Recorded, check_arguments, check_dtypes, sites_of
 from mmpeft_fast.layers.sites import Unfusable, is_plain, read_norm
 from mmpeft_fast.layers.split_columns import split_columns
 from mmpeft_fast.ops.attention import HeadTransform, attention, concat_prefix_attention, transform_heads
@@ -73,6 +73,7 @@ class FusedDecoderLayer(Swapped):
         try:
             sites = sites_of(self, paths)
             check_arguments(paths.attention_of(self), x, attention_mask, kwargs)
+            check_dtypes(sites, x)
         except Unfusable as reason:
             self._check_own_forward(reason, prefix)
             if documents is not None:

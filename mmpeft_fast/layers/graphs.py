@@ -29,6 +29,7 @@ from mmpeft_fast.layers.reading import LayerSites
 from mmpeft_fast.layers.sites import has_hooks, is_recorded, recorded_key
 from mmpeft_fast.ops.autocast import autocast_dtype
 from mmpeft_fast.ops.flash import repeated_shapes
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.providers import forced_provider
 
 _logger = logging.getLogger(__name__)
@@ -178,6 +179,9 @@ def _read(sites: LayerSites, settings: tuple) -> _Read:
             rest.append(len(part))
             for inner in part:
                 walk(inner)
+        elif isinstance(part, PackedWeight):
+            rest.append(part)
+            walk(part.tensors)
         else:
             rest.append(part)
 

@@ -29,7 +29,7 @@ from mmpeft_fast.layers.snapshot import Lookup
 
 TABLE = "known.json"
 # Packages whose decorators (functools.wraps) may stand around a forward: they do not change what it computes.
-_LIBRARIES = ("torch", "transformers", "peft", "mmpeft_fast")
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "mmpeft_fast")
 # Whose functions are read too where a library's function calls them; torch's are taken as they are.
 _READ_INTO = ("transformers", "mmpeft_fast")
 # What flash attention's functions of transformers hold and call, under whatever name it was loaded.

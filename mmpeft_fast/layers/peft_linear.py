@@ -19,13 +19,21 @@ class Bottleneck(nn.Module):
     Args:
         in_features, out_features: K and N of the branch itself (pre: K -> K, post: N -> N).
         placement: position, rank, scaling, activation, dropout and initialisation.
-        like: tensor whose device and dtype (widened to float32) the parameters take.
+        dtype, device: of the parameters.
     """
 
-    def __init__(self, in_features: int, out_features: int, placement: BranchPlacement, like: Tensor):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        placement: BranchPlacement,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         super().__init__()
         self.placement = placement
-        options = {"dtype": accumulate_dtype(like.dtype), "device": like.device}
+        options = {"dtype": dtype, "device": device}
         self.down = nn.Parameter(torch.empty(placement.rank, in_features, **options))
         self.up = nn.Parameter(torch.empty(out_features, placement.rank, **options))
         self.reset_parameters()
@@ -58,9 +66,11 @@ class Bottleneck(nn.Module):
 class PeftLinear(nn.Linear):
     """A frozen `nn.Linear` with branches and scales; names of its own parameters stay `weight` and `bias`.
 
-    Made from a linear layer in place by `PeftLinear.convert`; `forward` is the eager definition.
+    Made from a linear layer in place by `PeftLinear.convert`; `forward` is the eager definition. plain: the class that
+    it is without branches and scales, whose forward is W h + b.
     """
 
+    plain: type[nn.Linear] = nn.Linear
     branches: nn.ModuleList
     in_scale: nn.Parameter | None
     out_scale: nn.Parameter | None
@@ -70,13 +80,14 @@ class PeftLinear(nn.Linear):
         """Turns this instance into a PeftLinear without branches or scales; a PeftLinear is returned as it is.
 
         Raises:
-            ValueError: not a plain `nn.Linear` (quantised, sharded or wrapped layers cannot carry branches).
+            ValueError: not a plain `nn.Linear`, nor a class of `register_base` (sharded or wrapped layers cannot carry
+                branches).
         """
         if isinstance(linear, PeftLinear):
             return linear
-        if type(linear) is not nn.Linear:
+        if not can_carry(linear):
             raise ValueError(f"add_peft: expected a plain torch.nn.Linear to adapt, got {type(linear).__name__}")
-        linear.__class__ = cls
+        linear.__class__ = _KINDS[type(linear)]
         linear.branches = nn.ModuleList()
         linear.register_parameter("in_scale", None)
         linear.register_parameter("out_scale", None)
@@ -85,15 +96,20 @@ class PeftLinear(nn.Linear):
     def add_branch(self, placement: BranchPlacement) -> Bottleneck:
         in_features = self.out_features if placement.position == "post" else self.in_features
         out_features = self.in_features if placement.position == "pre" else self.out_features
-        branch = Bottleneck(in_features, out_features, placement, self.weight)
+        branch = Bottleneck(in_features, out_features, placement, **self._like())
         self.branches.append(branch.train(self.training))
         return branch
 
     def add_scale(self, where: str) -> None:
         """A trained vector of ones on the input or the output, as in IA3."""
         width = self.in_features if where == "input" else self.out_features
-        options = {"dtype": accumulate_dtype(self.weight.dtype), "device": self.weight.device}
-        setattr(self, "in_scale" if where == "input" else "out_scale", nn.Parameter(torch.ones(width, **options)))
+        scale = nn.Parameter(torch.ones(width, **self._like()))
+        setattr(self, "in_scale" if where == "input" else "out_scale", scale)
+
+    def _like(self) -> dict:
+        """Dtype and device of what is trained: at least float32, also where the weight is packed into bytes."""
+        wide = accumulate_dtype(self.weight.dtype) if self.weight.is_floating_point() else torch.float32
+        return {"dtype": wide, "device": self.weight.device}
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.in_scale is None else (x * self.in_scale).to(x.dtype)
@@ -101,10 +117,29 @@ class PeftLinear(nn.Linear):
             position: [b for b in self.branches if b.placement.position == position]
             for position in ("pre", "parallel", "post")
         }
-        y = nn.functional.linear(sum((branch(h) for branch in at["pre"]), h), self.weight, self.bias)
+        y = self.plain.forward(self, sum((branch(h) for branch in at["pre"]), h))
         y = sum((branch(h) for branch in at["parallel"]), y)
         y = y if self.out_scale is None else (y * self.out_scale).to(y.dtype)
         return sum((branch(y) for branch in at["post"]), y)
 
     def segment(self) -> Segment:
-        return Segment(self.weight, self.bias, tuple(branch.branch() for branch in self.branches), self.out_scale)
+        """This layer as the fused op takes it, where its weight is a plain tensor."""
+        return self.on(Segment(self.weight, self.bias))
+
+    def on(self, base: Segment) -> Segment:
+        """`base` with this layer's branches and output scale."""
+        return base._replace(branches=tuple(branch.branch() for branch in self.branches), out_scale=self.out_scale)
+
+
+# The classes that can carry branches and scales, and what they become.
+_KINDS: dict[type[nn.Linear], type[PeftLinear]] = {nn.Linear: PeftLinear}
+
+
+def register_base(plain: type[nn.Linear], kind: type[PeftLinear]) -> None:
+    """Lets layers of exactly the class `plain` carry branches and scales, as a `kind`."""
+    _KINDS[plain] = kind
+
+
+def can_carry(linear: nn.Module) -> bool:
+    """Whether `PeftLinear.convert` takes a layer."""
+    return isinstance(linear, PeftLinear) or type(linear) in _KINDS

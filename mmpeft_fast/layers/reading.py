@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmpeft_fast.layers import known, snapshot
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
+from mmpeft_fast.layers.peft_linear import PeftLinear
 from mmpeft_fast.layers.sites import (
     GLOBAL_HOOKS,
     LinearSite,
@@ -30,6 +31,8 @@ from mmpeft_fast.layers.sites import (
     recorded_key,
 )
 from mmpeft_fast.layers.snapshot import Lookup
+from mmpeft_fast.ops.autocast import autocast_dtype
+from mmpeft_fast.ops.packed import PackedWeight
 
 # Attention functions of transformers: the name under which a configuration asks for them, and the module of each.
 _ATTENTION_FUNCTIONS = {
@@ -101,6 +104,8 @@ def _read_layer(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
     for names, together in (("q, k, v", sites.projections), ("gate, up", [sites.gate, sites.up])):
         if any(site.in_scale is not together[0].in_scale for site in together):
             raise Unfusable(f"{names} share an input but not its scale; expected one input scale or none")
+        if len({site.segment.weight.dtype for site in together}) > 1:
+            raise Unfusable(f"{names} share an input but are multiplied in several dtypes")
     return sites
 
 
@@ -166,6 +171,7 @@ class Reading:
         self._reason: str | None = None
         self._recorded: set[str] = set()
         self._moving: list[str] = []  # roles whose tensors are computed from parameters
+        self._packed: list[PackedWeight] = []
 
     def __deepcopy__(self, memo) -> "Reading":
         return Reading()
@@ -188,6 +194,10 @@ class Reading:
             raise Recorded(f"{', '.join(sorted(self._recorded))} are asked for, which the fused layer does not compute")
         if any(GLOBAL_HOOKS):
             check_no_global_hooks()
+        for weight in self._packed:
+            reason = weight.why_not_now()
+            if reason is not None:
+                raise Unfusable(reason)
         return self._again(layer, paths) if self._moving else self._sites
 
     def _read(self, layer: nn.Module, paths: DecoderPaths) -> None:
@@ -200,11 +210,15 @@ class Reading:
         self._recorded = {
             key for module in modules[1:] for hook in module._forward_hooks.values() if (key := recorded_key(hook))
         }
-        self._moving = []
+        self._moving, self._packed = [], []
         if self._sites is not None:
+            weights = [site.segment.weight for site in self._sites.linears]
+            self._packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
             roles = (*paths.projections, "o", "gate", "up", "down")
             self._moving = [role for role, site in zip(roles, self._sites.linears, strict=True) if not site.is_found]
-        lookups = list(known.lookups_of({own_class(module) for module in modules}))
+        kinds = {own_class(module) for module in modules}
+        kinds |= {kind.plain for kind in kinds if issubclass(kind, PeftLinear)}  # whose forward is called inside theirs
+        lookups = list(known.lookups_of(kinds))
         with contextlib.suppress(AttributeError):  # of a layer that is built differently
             lookups += _attention_lookups(paths.attention_of(layer))
         once = {(id(lookup.owner), lookup.name): lookup for lookup in lookups}
@@ -232,7 +246,10 @@ def sites_of(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
         Unfusable: as `read_layer`.
     """
     if torch.compiler.is_compiling():
-        return read_layer(layer, paths)
+        sites = read_layer(layer, paths)
+        if any(isinstance(site.segment.weight, PackedWeight) for site in sites.linears):
+            raise Unfusable("its weights are packed, which a compiled layer does not unpack")
+        return sites
     reading = layer.__dict__.get("reading")
     if reading is None:
         reading = layer.__dict__["reading"] = Reading()
@@ -246,6 +263,19 @@ def is_fused(layer: nn.Module, paths: DecoderPaths) -> bool:
     except Unfusable:
         return False
     return True
+
+
+def check_dtypes(sites: LayerSites, hidden: Tensor) -> None:
+    """Raises Unfusable where packed weights are multiplied in a narrower dtype than the hidden states [B, T, H] have:
+    the layer's own branches and activations stay in the wider one, the fused op's would not. Under autocast they do
+    not either."""
+    for site in sites.linears:
+        weight = site.segment.weight
+        if isinstance(weight, PackedWeight) and weight.dtype not in (None, hidden.dtype):
+            is_narrower = weight.dtype.itemsize < hidden.dtype.itemsize
+            if is_narrower and autocast_dtype(hidden) is None:
+                inner, outer = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, hidden.dtype))
+                raise Unfusable(f"its {weight.name} weights are multiplied in {inner} and what comes is {outer}")
 
 
 def check_arguments(attn: nn.Module, hidden: Tensor, mask: object, others: dict) -> None:

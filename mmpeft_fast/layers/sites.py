@@ -17,6 +17,7 @@ from transformers.utils import output_capturing
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.layers.known import is_shipped, why_unknown
 from mmpeft_fast.layers.peft_linear import PeftLinear
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.segments import Segment
 
 
@@ -36,7 +37,7 @@ class LinearSite(NamedTuple):
         """Whether all its tensors are the modules' own, the same at every call, and none was computed from them."""
         branches = (tensor for branch in self.segment.branches for tensor in (branch.down, branch.up))
         tensors = (self.segment.weight, self.segment.bias, self.segment.out_scale, self.in_scale, *branches)
-        return all(tensor is None or isinstance(tensor, nn.Parameter) for tensor in tensors)
+        return all(tensor is None or isinstance(tensor, nn.Parameter | PackedWeight) for tensor in tensors)
 
 
 class NormSite(NamedTuple):
@@ -155,10 +156,28 @@ def _read_plain_linear(module: nn.Linear) -> LinearSite:
 
 def read_peft_linear(module: PeftLinear) -> LinearSite:
     """The reader of a PeftLinear, or of a subclass with the same definition."""
-    _check_weight(module)
+    reader, role = _LINEAR_READERS[module.plain]
+    reason = why_unknown(module.plain, role)
+    if reason is not None:
+        raise Unfusable(reason)
     for branch in module.branches:
         check_bypassed(branch, "bottleneck")
-    return LinearSite(module.segment(), module.in_scale)
+    return LinearSite(module.on(reader(module).segment), module.in_scale)
+
+
+def packed_weights(module: nn.Module) -> dict[nn.Linear, PackedWeight]:
+    """The linear layers below a module whose weights are packed, without what is around them or on them.
+
+    Raises:
+        Unfusable: one of them cannot be read.
+    """
+    found = {}
+    for inner in module.modules():
+        if isinstance(inner, nn.Linear) and type(inner) is not nn.Linear and type(inner) in _LINEAR_READERS:
+            weight = read_linear(inner).segment.weight
+            if isinstance(weight, PackedWeight):
+                found[inner] = weight
+    return found
 
 
 def read_dropout(module: nn.Module) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmpeft_fast.layers.sites import is_plain, read_linear
 from mmpeft_fast.ops import dispatch, layout, stacking
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.segments import Segment
 
 
@@ -73,6 +74,8 @@ def _adapters(segments: Sequence[Segment]) -> Iterable[list[Tensor]]:
 def _spare(segments: Sequence[Segment]) -> int:
     """Columns to keep behind the weights for U, 16-byte aligned; 0 where another realisation is the better one."""
     weight = segments[0].weight
+    if isinstance(weight, PackedWeight):  # it is unpacked into rows that are close together
+        return 0
     ranks = [branch.down.shape[0] for segment in segments for branch in segment.branches]
     num_out = sum(segment.weight.shape[0] for segment in segments)
     if not ranks or any(branch.position != "parallel" for segment in segments for branch in segment.branches):
@@ -87,7 +90,9 @@ def stack_linears(linears: Sequence[nn.Module], owned: Counter) -> None:
     """Stacks weights, biases and branches of linear sites that share an input, group by group where that is allowed."""
     segments = [read_linear(linear).segment for linear in linears]
     weights, spare = [segment.weight for segment in segments], _spare(segments)
-    if spare > layout.spare_columns(weights[0]) or stacking.as_rows(weights) is None:
+    if any(isinstance(weight, PackedWeight) for weight in weights):
+        pass  # rows of one buffer whenever they are unpacked
+    elif spare > layout.spare_columns(weights[0]) or stacking.as_rows(weights) is None:
         stack_rows(weights, owned, spare=spare)
     for group in _adapters(segments):
         if all(tensor is not None for tensor in group) and stacking.as_rows(group) is None:

@@ -35,6 +35,7 @@ from mmpeft_fast.ops.fused_call import (
 )
 from mmpeft_fast.ops.opaque import traceable
 from mmpeft_fast.ops.opaque_linear import OpaqueRunner
+from mmpeft_fast.ops.packed import PackedWeight, unpacked
 from mmpeft_fast.ops.prologue import prologue_ref
 from mmpeft_fast.ops.providers import forced_provider, kernel_set
 from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
@@ -43,16 +44,21 @@ from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 class _FusedLinear(torch.autograd.Function):
     """Arguments after `runner` (None: the schedule on the kernels of the moment), `check` (raises where the call does
     not fit together), `spec` and `carry`: residual, gain, in_scale, seed, the inputs (one or two), then the segments'
-    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input."""
+    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input. Packed weights
+    are tensors while a pass runs, and in none of those that are saved."""
 
     @staticmethod
     def forward(ctx, runner, check, spec, carry, *tensors):
         ctx.runner, ctx.spec = runner or schedule.Runner(kernel_set("fused_linear", tensors[4])), spec
+        ctx.packed = {i: tensor for i, tensor in enumerate(tensors) if isinstance(tensor, PackedWeight)}
+        if ctx.packed:
+            tensors = unpacked(ctx.packed, tensors, tensors[4].dtype)
         arguments = spec, ctx.needs_input_grad[4:]
         outputs, saved, ctx.lengths = tape.run_step(_forward, ctx.runner, arguments, tensors, check=check)
         ctx.output_shapes = [y.shape for y in outputs]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        # What is saved has the weights in the places where the arguments have them.
+        ctx.save_for_backward(*(None if i in ctx.packed else tensor for i, tensor in enumerate(saved)))
         if carry:
             outputs.append(tensors[4])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -66,8 +72,11 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
         dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
+        saved = ctx.saved_tensors
+        if ctx.packed:
+            saved = unpacked(ctx.packed, saved, dys[0].dtype)
         arguments = ctx.spec, ctx.needs_input_grad[4:], ctx.lengths, len(dys)
-        grads = tape.run_step(_backward, ctx.runner, arguments, (*dys, dcarry, *ctx.saved_tensors))
+        grads = tape.run_step(_backward, ctx.runner, arguments, (*dys, dcarry, *saved))
         return None, None, None, None, *grads
 
 
@@ -115,7 +124,9 @@ def fused_linear(
         x: [..., K]; a pair (gate, up) of [..., K] for prologue "swiglu". Under autocast x, weights and biases are cast
             as torch's linear layers cast them; a residual of a wider dtype stays in it.
         segments: weights [N_i, K] in x's dtype (usually frozen; differentiated where they require grad) with optional
-            bias, branches and output scale. Branch and scale parameters may have a wider dtype than x.
+            bias, branches and output scale. Branch and scale parameters may have a wider dtype than x. A weight may be
+            a `PackedWeight`; where those are multiplied in another dtype than x's, all of the call is computed in it,
+            and y has x's.
         prologue: "none", "rms_norm" (needs `gain` [K]) or "swiglu".
         eps: of rms_norm.
         in_scale: [K], multiplied onto the prologue's result.
@@ -133,9 +144,10 @@ def fused_linear(
     """
     x = x if isinstance(x, tuple) else (x,)
     dtype = autocast_dtype(x[0])
-    if dtype is not None:
+    given = None if dtype is not None else _dtype_of_packed(x[0], segments)
+    if dtype is not None or given is not None:
         options = {"prologue": prologue, "gain": gain, "eps": eps, "in_scale": in_scale, "seed": seed, "stream": stream}
-        return _autocast(dtype, x, segments, residual, carry, options)
+        return _in_dtype(dtype or given, x, segments, residual, carry, options, y_dtype=None if dtype else x[0].dtype)
     check = functools.partial(check_call, x, segments, prologue, gain, in_scale, residual)
     if torch.compiler.is_compiling() or len(x) != (2 if prologue == "swiglu" else 1):
         check()
@@ -192,8 +204,30 @@ traceable(
 )
 
 
-def _autocast(dtype, x, segments, residual, carry, options) -> Tensor | tuple[Tensor, ...]:
-    """`fused_linear` in autocast's dtype."""
+def _dtype_of_packed(x: Tensor, segments: Sequence[Segment]) -> torch.dtype | None:
+    """What packed weights are multiplied in where their call has to be cast to it; None where it is in it already.
+
+    Raises:
+        ValueError: segments ask for several dtypes, or a compiler is at work.
+    """
+    packed = [seg for seg in segments if isinstance(seg.weight, PackedWeight)]
+    if not packed:
+        return None
+    dtypes = {seg.weight.dtype or x.dtype for seg in packed} | {seg.weight.dtype for seg in segments} - {None}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"fused_linear: expected weights that are multiplied in one dtype, got {sorted(map(str, dtypes))}"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("fused_linear: expected plain tensors as weights under torch.compile, got packed ones")
+    (dtype,) = dtypes
+    in_it = dtype == x.dtype and all(seg.bias is None or seg.bias.dtype == dtype for seg in packed)
+    return None if in_it else dtype
+
+
+def _in_dtype(dtype, x, segments, residual, carry, options, *, y_dtype) -> Tensor | tuple[Tensor, ...]:
+    """`fused_linear` in autocast's dtype, or in that of packed weights. y_dtype: that of the results, None for
+    `dtype`."""
     cast = [
         seg._replace(weight=seg.weight.to(dtype), bias=None if seg.bias is None else seg.bias.to(dtype))
         for seg in segments
@@ -203,6 +237,8 @@ def _autocast(dtype, x, segments, residual, carry, options) -> Tensor | tuple[Te
     carried = carry and x[0].dtype == dtype
     with without_autocast(x[0]):
         y = fused_linear(tuple(part.to(dtype) for part in x), cast, residual=added, carry=carried, **options)
+    if y_dtype is not None:
+        y = tuple(part.to(y_dtype) for part in y) if isinstance(y, tuple) else y.to(y_dtype)
     if residual is not None and added is None:
         y = residual + y
     return (*(y if isinstance(y, tuple) else (y,)), x[0]) if carry and not carried else y

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.prologue import PROLOGUES
 
 POSITIONS = ("parallel", "pre", "post")
@@ -29,7 +30,7 @@ class Branch(NamedTuple):
 class Segment(NamedTuple):
     """Rows of the stacked weight that share the op's input: weight [N, K]; bias and out_scale [N] or None."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None = None
     branches: tuple[Branch, ...] = ()
     out_scale: Tensor | None = None
@@ -56,9 +57,9 @@ def check_call(x, segments, prologue, gain, in_scale, residual):
         if vector is not None and vector.shape != (width,):
             fail(f"{name} [{width}]", list(vector.shape))
     for i, seg in enumerate(segments):
-        if seg.weight.dim() != 2 or seg.weight.shape[1] != width:
+        if seg.weight.ndim != 2 or seg.weight.shape[1] != width:
             fail(f"weight [N, {width}] in segment {i}", list(seg.weight.shape))
-        if seg.weight.dtype != dtype:
+        if seg.weight.dtype not in (dtype, None):
             fail(f"weight of x's dtype {dtype} in segment {i}", seg.weight.dtype)
         num_out = seg.weight.shape[0]
         for name, vector in (("bias", seg.bias), ("out_scale", seg.out_scale)):

@@ -79,7 +79,7 @@ def drop_peft(module: nn.Module) -> None:
     left alone."""
     if isinstance(module, PeftLinear):
         del module.branches, module.in_scale, module.out_scale
-        module.__class__ = nn.Linear
+        module.__class__ = module.plain
     elif isinstance(module, WideGain):
         module.__class__ = type(module)._swapped_from
 

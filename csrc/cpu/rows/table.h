@@ -7,6 +7,7 @@
 #include "csrc/cpu/rows/prefix.h"
 #include "csrc/cpu/rows/prologue.h"
 #include "csrc/cpu/rows/prologue_backward.h"
+#include "csrc/cpu/rows/unpack.h"
 
 #define MMPEFT_FOR_EACH_DTYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
 
@@ -27,6 +28,7 @@ const Kernels table = {
     MMPEFT_FOR_EACH_DTYPE(prefix_backward),
     MMPEFT_FOR_EACH_DTYPE(cross_entropy),
     MMPEFT_FOR_EACH_DTYPE(activation),
+    MMPEFT_FOR_EACH_DTYPE(unpack_4bit),
 };
 
 }  // namespace MMPEFT_ISA

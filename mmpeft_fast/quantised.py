@@ -1,0 +1,137 @@
+"""bitsandbytes' quantised linear layers, and PEFT layers on them, as the fused ops take them.
+
+Imported only where bitsandbytes already is. NF4 and FP4 (Dettmers et al. 2023, section 3) are unpacked to the dtype
+that the layer multiplies in, in training and in evaluation. Their own forward does the same, but in evaluation on a CPU
+with AVX512-BF16, where it rounds each block's scale to bfloat16. int8 is unpacked in training on a CPU, where the
+layer's own forward does the same; anywhere else that rounds its input to int8 (Dettmers et al. 2022), and such layers
+stay as they are.
+"""
+
+import functools
+
+import bitsandbytes.functional
+import peft.tuners.ia3 as peft_ia3
+import peft.tuners.lora as peft_lora
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from torch import Tensor
+
+from mmpeft_fast.hf_peft import read_ia3, read_lora
+from mmpeft_fast.layers.peft_linear import PeftLinear, register_base
+from mmpeft_fast.layers.sites import LinearSite, Unfusable, read_peft_linear, register_linear
+from mmpeft_fast.ops import csrc
+from mmpeft_fast.ops.packed import PackedWeight
+from mmpeft_fast.ops.segments import Segment
+
+_FOUR_BIT, _EIGHT_BIT = "linear_4bit", "linear_8bit"  # what their forwards are known as
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ops = torch.ops.bitsandbytes
+
+
+class FourBit(PackedWeight):
+    """NF4 or FP4: two indices into a table of 16 numbers a byte, and a scale for each block."""
+
+    def __init__(self, linear: Linear4bit):
+        state = linear.weight.quant_state
+        super().__init__(state.shape, linear.weight.device, linear.compute_dtype)
+        self.name, self._linear = state.quant_type, linear
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        state = self._linear.weight.quant_state
+        nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
+        return (self._linear.weight.data, state.absmax, state.code, *nested)
+
+    def why_not_now(self) -> str | None:
+        if getattr(self._linear.weight.quant_state, "packing_format_for_cpu", False):
+            return "bitsandbytes has packed its weights for a kernel of its own; expected them as they were loaded"
+        return None
+
+    def unpack(self, out: Tensor) -> None:
+        packed, state = self._linear.weight.data, self._linear.weight.quant_state
+        scales = state.absmax
+        if state.nested:
+            scales = bitsandbytes.functional.dequantize_blockwise(scales, state.state2) + state.offset
+        # bitsandbytes' AVX512 kernel takes other scales where a row is not a number of whole blocks.
+        is_whole = out.shape[1] % state.blocksize == 0
+        if is_whole and out.device.type == "cpu" and out.dtype in _KERNEL_DTYPES and csrc.why_unavailable() is None:
+            packed = packed.view(torch.uint8).view(-1)
+            torch.ops.mmpeft_fast_c.unpack_4bit(packed, scales.float(), state.code, state.blocksize, out)
+            return
+        dtype = out.dtype if out.dtype in _KERNEL_DTYPES else torch.float32
+        out.copy_(_ops.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, state.shape, dtype))
+
+
+class EightBit(PackedWeight):
+    """int8 with a scale a row: W = CB SCB / 127."""
+
+    name = "int8"
+
+    def __init__(self, linear: Linear8bitLt):
+        super().__init__(linear.weight.shape, linear.weight.device, None)
+        self._linear = linear
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        linear = self._linear
+        holder = linear.state if linear.weight.CB is None else linear.weight  # its first call moves them
+        return holder.CB, holder.SCB
+
+    def why_not_now(self) -> str | None:
+        return None if self._linear.training else "an 8-bit layer rounds its input to int8 in evaluation"
+
+    def unpack(self, out: Tensor) -> None:
+        values, scales = self.tensors
+        out.copy_(values)
+        out.mul_(scales.unsqueeze(1) * (1.0 / 127.0))
+
+
+def _read_4bit(linear: Linear4bit) -> LinearSite:
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        raise Unfusable("a 4-bit layer is not quantised yet; bitsandbytes does that as it moves to a device")
+    if tuple(state.shape) != (linear.out_features, linear.in_features):
+        raise Unfusable(f"a 4-bit weight has sizes {list(state.shape)}; expected [N, K] of its layer")
+    return LinearSite(Segment(FourBit(linear), linear.bias))
+
+
+def _read_8bit(linear: Linear8bitLt) -> LinearSite:
+    if linear.state.has_fp16_weights:
+        raise Unfusable("an 8-bit layer quantises its weight at every call; expected has_fp16_weights=False")
+    if linear.weight.device.type != "cpu":
+        raise Unfusable("an 8-bit layer rounds its input to int8, unless it trains on a CPU")
+    return LinearSite(Segment(EightBit(linear), linear.bias))
+
+
+class PeftLinear4bit(PeftLinear, Linear4bit):
+    """A PeftLinear on a 4-bit layer."""
+
+    plain = Linear4bit
+
+
+class PeftLinear8bit(PeftLinear, Linear8bitLt):
+    """A PeftLinear on an 8-bit layer."""
+
+    plain = Linear8bitLt
+
+
+_READERS = {_FOUR_BIT: _read_4bit, _EIGHT_BIT: _read_8bit, "lora_linear": read_lora, "ia3_linear": read_ia3}
+# The libraries' classes, and what their forwards are known as.
+ROLES = {
+    **dict.fromkeys((Linear4bit, LinearNF4, LinearFP4), _FOUR_BIT),
+    Linear8bitLt: _EIGHT_BIT,
+    **dict.fromkeys((peft_lora.Linear4bit, peft_lora.Linear8bitLt), "lora_linear"),
+    **dict.fromkeys((peft_ia3.Linear4bit, peft_ia3.Linear8bitLt), "ia3_linear"),
+}
+
+
+@functools.cache
+def register() -> None:
+    """Lets sites be read on bitsandbytes' layers, and branches be put on them."""
+    for kind, role in ROLES.items():
+        register_linear(kind, _READERS[role], role)
+    for kind in (Linear4bit, LinearNF4, LinearFP4):
+        register_base(kind, PeftLinear4bit)
+    register_base(Linear8bitLt, PeftLinear8bit)
+    for kind in (PeftLinear4bit, PeftLinear8bit):
+        register_linear(kind, read_peft_linear, "peft_linear")
