@@ -44,8 +44,8 @@ _LAYERS, _NORM, _TOWER, HEAD = "decoder layers", "final norm", "vision tower", "
 _PROBED = (_LAYERS, _NORM, _TOWER)
 _INPUT, _OUTPUT = "input", "output"
 _PART_OF_ROLE = dict.fromkeys((*ATTENTION_ROLES, "qkv"), "attention") | dict.fromkeys(MLP_ROLES, "mlp")
-# Errors of gradients of a few tokens scatter: one in 90 small float32 models went beyond the rule itself, by a tenth, and
-# what differs is unfused. What is wrong is off by orders of magnitude.
+# Errors of gradients of a few tokens scatter: one in 90 small float32 models went beyond the rule itself, by a tenth,
+# and what differs is unfused. What is wrong is off by orders of magnitude.
 _MARGIN = 2
 _HINTS = ("supervised_capacity", "right_padded")  # keywords that the model's own forward does not know
 
