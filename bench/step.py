@@ -20,6 +20,8 @@ from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.stored.baseline import add_baseline
 
+DENSE = "dense"
+
 
 def decoder(args) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
@@ -35,7 +37,12 @@ def decoder(args) -> LlavaForConditionalGeneration:
     config = LlavaConfig(vision_config=vision, text_config=text)
     config._attn_implementation = "sdpa"
     torch.manual_seed(args.seed)
-    return LlavaForConditionalGeneration(config).to(DTYPES[args.dtype])
+    model = LlavaForConditionalGeneration(config).to(DTYPES[args.dtype])
+    if getattr(args, "base", DENSE) == DENSE:
+        return model
+    from mmpeft_fast.quantised import quantise  # bitsandbytes, which only a packed base needs
+
+    return quantise(model, args.base)
 
 
 def inputs(args) -> dict[str, torch.Tensor]:
@@ -72,7 +79,8 @@ def baseline(args, method: Method, *, fp32_adapters: bool | None = None) -> nn.M
                 parameter += torch.randn(parameter.shape, generator=generator).mul_(0.02).to(parameter.dtype)
     if not (args.fp32_adapters if fp32_adapters is None else fp32_adapters):
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(DTYPES[args.dtype])
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[args.dtype])
     return model.train()
 
 
@@ -104,7 +112,7 @@ def bench_method(args, method: str) -> list[dict]:
     shape = {name: getattr(args, name) for name in ("hidden", "intermediate", "layers", "heads", "vocab", "seed")}
     common = {
         "op": "step", "mode": "fwd_bwd", "method": method, "dtype": args.dtype, "batch_size": args.batch_size,
-        "seq_len": args.seq_len, "supervised": args.supervised, **settings(args, method), **shape,
+        "base": args.base, "seq_len": args.seq_len, "supervised": args.supervised, **settings(args, method), **shape,
     }  # fmt: skip
     rows = []
     for name, time in times.items():
@@ -123,6 +131,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--base", default=DENSE, choices=(DENSE, "nf4", "fp4", "int8"), help="format of frozen weights")
     parser.add_argument("--supervised", type=float, default=0.05, help="share of tokens that carry a label")
     parser.add_argument(
         "--fp32-adapters", action="store_true", help="PEFT parameters in float32, as HF PEFT makes them"

@@ -14,6 +14,7 @@ TORCH_LIBRARY(mmpeft_fast_c, m) {
   m.def("cross_entropy(Tensor(a!) logits, Tensor labels, Tensor count, bool need_grad, Tensor(b!) loss) -> ()");
   m.def("activation(str name, Tensor a, Tensor? dz, Tensor(a!) out) -> ()");
   m.def("unpack_4bit(Tensor packed, Tensor scales, Tensor code, int blocksize, Tensor(a!) out) -> ()");
+  m.def("unpack_8bit(Tensor values, Tensor scales, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mmpeft_fast_c, CPU, m) {
@@ -27,4 +28,5 @@ TORCH_LIBRARY_IMPL(mmpeft_fast_c, CPU, m) {
   m.impl("cross_entropy", &mmpeft::cross_entropy);
   m.impl("activation", &mmpeft::activation);
   m.impl("unpack_4bit", &mmpeft::unpack_4bit);
+  m.impl("unpack_8bit", &mmpeft::unpack_8bit);
 }

@@ -13,8 +13,9 @@ import bitsandbytes.functional
 import peft.tuners.ia3 as peft_ia3
 import peft.tuners.lora as peft_lora
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
-from torch import Tensor
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
+from torch import Tensor, nn
 
 from mmpeft_fast.hf_peft import read_ia3, read_lora
 from mmpeft_fast.layers.peft_linear import PeftLinear, register_base
@@ -23,6 +24,7 @@ from mmpeft_fast.ops import csrc
 from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.segments import Segment
 
+FORMATS = ("nf4", "fp4", "int8")
 _FOUR_BIT, _EIGHT_BIT = "linear_4bit", "linear_8bit"  # what their forwards are known as
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.bitsandbytes
@@ -59,7 +61,11 @@ class FourBit(PackedWeight):
             torch.ops.mmpeft_fast_c.unpack_4bit(packed, scales.float(), state.code, state.blocksize, out)
             return
         dtype = out.dtype if out.dtype in _KERNEL_DTYPES else torch.float32
-        out.copy_(_ops.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, state.shape, dtype))
+        options = state.blocksize, state.quant_type, state.shape, dtype
+        if out.device.type != "cpu" and out.dtype == dtype and out.is_contiguous():
+            _ops.dequantize_4bit.out(packed, scales, *options, out=out)
+        else:
+            out.copy_(_ops.dequantize_4bit(packed, scales, *options))
 
 
 class EightBit(PackedWeight):
@@ -82,8 +88,12 @@ class EightBit(PackedWeight):
 
     def unpack(self, out: Tensor) -> None:
         values, scales = self.tensors
-        out.copy_(values)
-        out.mul_(scales.unsqueeze(1) * (1.0 / 127.0))
+        scales = scales * (1.0 / 127.0)
+        if out.dtype in _KERNEL_DTYPES and csrc.why_unavailable() is None:
+            torch.ops.mmpeft_fast_c.unpack_8bit(values, scales, out)
+        else:
+            out.copy_(values)
+            out.mul_(scales.unsqueeze(1))
 
 
 def _read_4bit(linear: Linear4bit) -> LinearSite:
@@ -123,6 +133,67 @@ ROLES = {
     **dict.fromkeys((peft_lora.Linear4bit, peft_lora.Linear8bitLt), "lora_linear"),
     **dict.fromkeys((peft_ia3.Linear4bit, peft_ia3.Linear8bitLt), "ia3_linear"),
 }
+
+
+def quantise(
+    model: nn.Module, name: str, *, compute_dtype: torch.dtype | None = None, nested: bool = True
+) -> nn.Module:
+    """Puts every linear layer of a dense model but its output head into a format, in place, as transformers loads a
+    model with a `BitsAndBytesConfig`. On the meta device everything has its sizes and no values.
+
+    Args:
+        model: a transformers model without PEFT parameters.
+        name: one of FORMATS.
+        compute_dtype: what 4-bit weights are multiplied in; the model's dtype when None.
+        nested: the scales of 4-bit blocks are themselves 8-bit ("double quantisation").
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"quantise: expected a format in {list(FORMATS)}, got {name!r}")
+    head = model.get_output_embeddings()
+    for path, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and linear is not head:
+            dtype = compute_dtype or linear.weight.dtype
+            new = _eight_bit(linear) if name == "int8" else _four_bit(linear, name, dtype, nested)
+            new.bias = linear.bias
+            model.set_submodule(path, new.train(linear.training))
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = name == "int8", name != "int8"  # HF PEFT asks for these
+    return model
+
+
+def _four_bit(linear: nn.Linear, name: str, dtype: torch.dtype, nested: bool) -> Linear4bit:
+    options = {"compress_statistics": nested, "quant_type": name}
+    new = Linear4bit(linear.in_features, linear.out_features, False, compute_dtype=dtype, device="meta", **options)
+    weight = linear.weight.detach()
+    if not weight.is_meta:
+        new.weight = Params4bit(weight, requires_grad=False, module=new, **options)
+        return new.to(weight.device)
+    empty = functools.partial(torch.empty, device="meta")
+    count = weight.numel()
+    scales, state2, offset = empty(-(-count // 64)), None, None
+    if nested:
+        state2 = QuantState(empty(-(-scales.numel() // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+        scales, offset = empty(scales.shape, dtype=torch.uint8), empty(())
+    state = QuantState(scales, weight.shape, empty(16), 64, name, weight.dtype, offset, state2)
+    packed = empty((count + 1) // 2, 1, dtype=torch.uint8)
+    new.weight = Params4bit(packed, requires_grad=False, module=new, quant_state=state, bnb_quantized=True, **options)
+    new.quant_state = state
+    return new
+
+
+def _eight_bit(linear: nn.Linear) -> Linear8bitLt:
+    weight = linear.weight.detach()
+    sizes = linear.in_features, linear.out_features
+    new = Linear8bitLt(*sizes, False, has_fp16_weights=False, threshold=6.0, device="meta")
+    if not weight.is_meta:
+        new.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        return new.to(weight.device)
+    values = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+    scales = torch.empty(weight.shape[0], device="meta")
+    new.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+    return new
 
 
 @functools.cache

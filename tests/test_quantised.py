@@ -19,33 +19,14 @@ from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
 bnb = pytest.importorskip("bitsandbytes")
+from mmpeft_fast.quantised import FORMATS, quantise  # noqa: E402
 
-FORMATS = ("nf4", "fp4", "int8")
 LORA = LoraConfig(r=3, target_modules=r"(?!.*vision).*\.(q|k|v|o|gate|up|down)_proj", lora_dropout=0.0)
 IA3 = IA3Config(target_modules=r".*\.(k|v|down)_proj", feedforward_modules=r".*\.down_proj")
 
 
-def quantised(model: nn.Module, kind: str, *, compute=torch.float32, nested=True) -> nn.Module:
-    """The model with its decoder layers' linears in one of bitsandbytes' formats, as transformers loads them."""
-    for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or ".layers." not in name or "vision" in name or "visual" in name:
-            continue
-        sizes, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
-        if kind == "int8":
-            new = bnb.nn.Linear8bitLt(*sizes, has_bias, has_fp16_weights=False, threshold=6.0)
-            new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-        else:
-            options = {"compress_statistics": nested, "quant_type": kind}
-            new = bnb.nn.Linear4bit(*sizes, has_bias, compute_dtype=compute, **options)
-            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=new, **options)
-        new.bias = linear.bias
-        model.set_submodule(name, new.to("cpu"))
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
-    return model
-
-
 def model_of(kind: str, *, family: str = "llama", dtype=torch.float32, config=LORA, method=None, **options):
-    model = quantised(tiny_model(family, dtype=dtype), kind, **options)
+    model = quantise(tiny_model(family, dtype=dtype), kind, **{"compute_dtype": torch.float32, **options})
     model = get_peft_model(model, config) if method is None else add_peft(model, make_method(method, **SMALL[method]))
     randomize_trainable(model)
     return model.train()
@@ -93,7 +74,7 @@ def test_families(family):
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, None], ids=str)
 def test_the_dtype_that_it_multiplies_in_is_followed(dtype, compute, caplog):
     """Where it is wider than the activations', results come back in theirs; narrower, layers run unfused."""
-    model = fuse(model_of("nf4", dtype=dtype, compute=compute))
+    model = fuse(model_of("nf4", dtype=dtype, compute_dtype=compute))
     if (dtype, compute) == (torch.float32, torch.bfloat16):
         model(**tiny_batch("llama"))
         expected = "layer 1 runs unfused: its nf4 weights are multiplied in bfloat16 and what comes is float32"
@@ -127,7 +108,7 @@ def test_a_wrong_weight_is_seen(kind, monkeypatch):
 
 
 def test_under_autocast():
-    model, batch = model_of("nf4", compute=torch.bfloat16), tiny_batch("llama")
+    model, batch = model_of("nf4", compute_dtype=torch.bfloat16), tiny_batch("llama")
 
     def step(model):
         with torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +194,7 @@ def test_saved_and_loaded(tmp_path):
     model = fuse(model_of("nf4", method="adapter"))
     loss, _ = loss_and_grads(model, batch)
     save_peft(model, tmp_path / "adapter")
-    other = load_peft(quantised(tiny_model("llama"), "nf4"), tmp_path / "adapter")
+    other = load_peft(quantise(tiny_model("llama"), "nf4"), tmp_path / "adapter")
     other_loss, _ = loss_and_grads(fuse(other).train(), batch)
     assert torch.equal(other_loss, loss)
     state = model.state_dict()  # quantisation's own tensors included, as before

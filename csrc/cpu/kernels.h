@@ -172,6 +172,13 @@ struct Unpack4BitArgs {
   Rows out;
 };
 
+struct Unpack8BitArgs {
+  int64_t width;
+  ConstRows values;     // int8
+  const float* scales;  // [rows]
+  Rows out;
+};
+
 template <typename Args>
 using RowKernel = void (*)(const Args&, int64_t begin, int64_t end);
 
@@ -200,6 +207,7 @@ struct Kernels {
   RowKernel<CrossEntropyArgs> cross_entropy[kNumDtypes];
   RowKernel<ActivationArgs> activation[kNumDtypes];
   RowKernel<Unpack4BitArgs> unpack_4bit[kNumDtypes];
+  RowKernel<Unpack8BitArgs> unpack_8bit[kNumDtypes];
 };
 
 // The table in use: the best that the processor runs, or what `use_instruction_set` asked for.

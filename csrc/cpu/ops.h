@@ -57,4 +57,7 @@ void activation(std::string_view name, const at::Tensor& a, const OptionalTensor
 void unpack_4bit(const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& code, int64_t blocksize,
                  const at::Tensor& out);
 
+// out [N, K] = values scales of values [N, K] int8 and scales [N] float32.
+void unpack_8bit(const at::Tensor& values, const at::Tensor& scales, const at::Tensor& out);
+
 }  // namespace mmpeft

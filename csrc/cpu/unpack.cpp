@@ -23,4 +23,18 @@ void unpack_4bit(const at::Tensor& packed, const at::Tensor& scales, const at::T
   parallel_rows(num_rows, width, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+void unpack_8bit(const at::Tensor& values, const at::Tensor& scales, const at::Tensor& out) {
+  constexpr const char* op = "unpack_8bit";
+  MMPEFT_CHECK(op, out.dim() == 2, "expected out of sizes [N, K], got ", out.sizes());
+  const int64_t num_rows = out.size(0), width = out.size(1);
+  check_tensor(op, "scales", scales, {num_rows}, at::kFloat);
+  Unpack8BitArgs args{};
+  args.width = width;
+  args.values = rows_of(op, "values", values, num_rows, width, at::kChar);
+  args.scales = scales.const_data_ptr<float>();
+  args.out = rows_to_write(op, "out", out, num_rows, width, out.scalar_type());
+  const auto kernel = kernels().unpack_8bit[dtype_of(op, "out", out)];
+  parallel_rows(num_rows, width, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 }  // namespace mmpeft

@@ -13,7 +13,7 @@ import torch
 
 OPS = (
     "keep_bits", "prologue", "prologue_backward", "heads", "heads_backward", "merge_prefix", "prefix_backward",
-    "cross_entropy", "activation", "unpack_4bit",
+    "cross_entropy", "activation", "unpack_4bit", "unpack_8bit",
 )  # fmt: skip
 
 

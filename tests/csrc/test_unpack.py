@@ -26,6 +26,16 @@ def test_every_element_has_its_number_and_its_scale(num_rows, width, blocksize, 
     assert torch.equal(out._base, around)  # nothing was written beside it
 
 
+@pytest.mark.parametrize("num_rows, width", [(1, 1), (3, 64), (5, 33), (0, 8), (4, 0)])
+def test_rows_of_bytes(num_rows, width, dtype, instruction_set):
+    values = torch.randint(-128, 128, (num_rows, width + 3), dtype=torch.int8)[:, 1 : 1 + width]
+    scales, out = torch.rand(num_rows), strided(num_rows, width, dtype=dtype)
+    torch.ops.mmpeft_fast_c.unpack_8bit(values, scales, out)
+    assert torch.equal(out, (values.float() * scales[:, None]).to(dtype))
+    with pytest.raises(ValueError, match=r"unpack_8bit: expected scales of sizes"):
+        torch.ops.mmpeft_fast_c.unpack_8bit(values, torch.rand(num_rows + 1), out)
+
+
 def test_what_does_not_fit_is_refused():
     packed, scales, code = torch.zeros(16, dtype=torch.uint8), torch.ones(1), torch.zeros(16)
     out = torch.empty(4, 8)

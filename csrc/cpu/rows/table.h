@@ -29,6 +29,7 @@ const Kernels table = {
     MMPEFT_FOR_EACH_DTYPE(cross_entropy),
     MMPEFT_FOR_EACH_DTYPE(activation),
     MMPEFT_FOR_EACH_DTYPE(unpack_4bit),
+    MMPEFT_FOR_EACH_DTYPE(unpack_8bit),
 };
 
 }  // namespace MMPEFT_ISA

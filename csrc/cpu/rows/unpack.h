@@ -1,5 +1,8 @@
-// Weights of 4 bits as numbers: out = code[index] scale, two indices a byte, the first in its upper half; a scale for
-// every block of elements, counted over all of the matrix.
+// Packed weights as numbers.
+//
+//   8 bits: out = value scale, a scale a row
+//   4 bits: out = code[index] scale, two indices a byte, the first in its upper half; a scale for every block of
+//           elements, counted over all of the matrix
 #pragma once
 
 #include "csrc/cpu/kernels.h"
@@ -7,6 +10,20 @@
 
 namespace mmpeft {
 namespace MMPEFT_ISA {
+
+template <typename T>
+void unpack_8bit(const Unpack8BitArgs& given, int64_t begin, int64_t end) {
+  typedef int8_t I8 __attribute__((vector_size(kLanes)));
+  const Unpack8BitArgs args = given;  // a copy that no store can change
+  for (int64_t row = begin; row < end; ++row) {
+    const int8_t* values = row_of<int8_t>(args.values, row);
+    T* out = row_to_write<T>(args.out, row);
+    const float scale = args.scales[row];
+    for_columns(0, args.width, [&](int64_t k, auto part) {
+      store(out + k, __builtin_convertvector(load_raw<I8>(values + k, part), F32) * scale, part);
+    });
+  }
+}
 
 // The table's numbers at the kLanes indices that begin at a byte.
 MMPEFT_INLINE F32 looked_up(const float* code, const uint8_t* bytes) {
