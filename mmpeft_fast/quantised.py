@@ -8,6 +8,8 @@ stay as they are.
 """
 
 import functools
+from collections.abc import Callable
+from math import prod
 
 import bitsandbytes.functional
 import peft.tuners.ia3 as peft_ia3
@@ -16,6 +18,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearFP4, LinearNF4, Params4bit
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from mmpeft_fast.hf_peft import read_ia3, read_lora
 from mmpeft_fast.layers.peft_linear import PeftLinear, register_base
@@ -28,6 +31,17 @@ FORMATS = ("nf4", "fp4", "int8")
 _FOUR_BIT, _EIGHT_BIT = "linear_4bit", "linear_8bit"  # what their forwards are known as
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.bitsandbytes
+
+
+# Else the products inside the library's own op, which HF PEFT's layers run, are not counted.
+@register_flop_formula(_ops.gemm_4bit)
+def _gemm_4bit_flops(x_shape, packed_shape, weight_shape, *arguments, out_shape=None, **options) -> int:
+    return 2 * prod(x_shape) * weight_shape[0]
+
+
+@torch.library.register_fake("bitsandbytes::dequantize_4bit.out")
+def _dequantize_4bit_on_meta(packed, scales, blocksize, quant_type, shape, dtype, out) -> None:
+    """In place of the library's, which compares `shape`, a list, with a torch.Size and always raises."""
 
 
 class FourBit(PackedWeight):
@@ -108,7 +122,7 @@ def _read_4bit(linear: Linear4bit) -> LinearSite:
 def _read_8bit(linear: Linear8bitLt) -> LinearSite:
     if linear.state.has_fp16_weights:
         raise Unfusable("an 8-bit layer quantises its weight at every call; expected has_fp16_weights=False")
-    if linear.weight.device.type != "cpu":
+    if linear.weight.device.type not in ("cpu", "meta"):
         raise Unfusable("an 8-bit layer rounds its input to int8, unless it trains on a CPU")
     return LinearSite(Segment(EightBit(linear), linear.bias))
 
@@ -194,6 +208,30 @@ def _eight_bit(linear: nn.Linear) -> Linear8bitLt:
     scales = torch.empty(weight.shape[0], device="meta")
     new.weight = Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
     return new
+
+
+def move_packed(model: nn.Module, move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Exchanges what packed weights lie in memory as by what `move` makes of it; returns what of that is no parameter:
+    scales, tables, offsets."""
+    others = []
+    for linear in model.modules():
+        if isinstance(linear, Linear4bit):
+            weight, state = linear.weight, linear.weight.quant_state
+            for holder in (state, state.state2) if state.nested else (state,):
+                for name in ("absmax", "code", "offset"):
+                    if isinstance(getattr(holder, name, None), Tensor):
+                        setattr(holder, name, move(getattr(holder, name)))
+                        others.append(getattr(holder, name))
+            # The classes of bitsandbytes' own parameters cannot hold every kind of tensor.
+            linear.weight = nn.Parameter(move(weight.data), requires_grad=False)
+            linear.weight.quant_state = state
+        elif isinstance(linear, Linear8bitLt):
+            holder = linear.state if linear.weight.CB is None else linear.weight
+            values, scales = move(linear.weight.data), move(holder.SCB)
+            linear.weight = nn.Parameter(values, requires_grad=False)
+            linear.weight.CB, linear.weight.SCB = values, scales
+            others.append(scales)
+    return others
 
 
 @functools.cache

@@ -16,7 +16,18 @@ examples:
 
 Nothing is downloaded and no device is needed: the real model code runs at full size on tensors without memory.
 """
-_PLAIN = ("model", "method", "implementation", "batch_size", "seq_len", "images", "image_size", "dtype", "optimizer")
+_PLAIN = (
+    "model",
+    "method",
+    "implementation",
+    "batch_size",
+    "seq_len",
+    "images",
+    "image_size",
+    "dtype",
+    "base",
+    "optimizer",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--supervised-fraction", type=float, default=0.05, metavar="F", help="tokens with a label (default: 0.05)"
     )
     step.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32, of the base model (default: bf16)")
+    step.add_argument(
+        "--base", default="dense", help="storage of frozen weights: dense, nf4, fp4 or int8 (default: dense)"
+    )
     step.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the decoder's layers")
     for part in ("connector", "embeddings", "head"):
         step.add_argument(f"--train-{part}", action="store_true", help=f"train the {part} too")

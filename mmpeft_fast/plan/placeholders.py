@@ -55,6 +55,7 @@ class Placeholders(TorchDispatchMode):
         self.device = torch.device("cpu" if device_type == "cpu" else "meta")
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if device_type == "cpu" else None
         self._functions = self.functions()
+        self._memory: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
     def functions(self) -> AbstractContextManager:
         """The part of this mode that acts above torch's dispatcher."""
@@ -109,25 +110,29 @@ class Placeholders(TorchDispatchMode):
         memory, such as stacked weights, share it afterwards."""
         if self._fake is None:
             return model
-        memory: dict[int, Tensor] = {}
         parameters: dict[int, nn.Parameter] = {}
-
-        def placed(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in memory:
-                memory[storage._cdata] = self.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype)
-            return memory[storage._cdata].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
         for module in model.modules():
             for name, value in module._parameters.items():
-                if value is not None:
+                if value is not None and value.is_meta:
                     if id(value) not in parameters:
-                        parameters[id(value)] = nn.Parameter(placed(value.detach()), requires_grad=value.requires_grad)
+                        placed = self.placed(value.detach())
+                        parameters[id(value)] = nn.Parameter(placed, requires_grad=value.requires_grad)
                     module._parameters[name] = parameters[id(value)]
             for name, value in module._buffers.items():
                 if value is not None and value.is_meta:
-                    module._buffers[name] = placed(value)
+                    module._buffers[name] = self.placed(value)
         return model
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """A meta tensor as a placeholder of the device; memory that it shares with others stays shared."""
+        if self._fake is None:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._memory:
+            # The storage is held: a later one would take its number.
+            memory = self.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype)
+            self._memory[storage._cdata] = storage, memory
+        return self._memory[storage._cdata][1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _operands(values) -> Iterator[Tensor]:

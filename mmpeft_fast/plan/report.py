@@ -5,6 +5,7 @@ from typing import Any
 
 from mmpeft_fast.plan.advice import MOST_SAMPLES, MOST_TOKENS, Change
 from mmpeft_fast.plan.prediction import ASSUMPTIONS, Plan
+from mmpeft_fast.plan.request import DENSE
 
 GIB = 2**30
 _SWEEP_COLUMNS = {
@@ -49,8 +50,9 @@ def plan_text(planned: Plan, *, num_ops: int = 12) -> str:
     request, device, counts, numbers = planned.request, planned.device, planned.counts, planned.numbers()
     method = "" if request.implementation == "frozen" else f", {request.method}"
     settings = "".join(f" {name}={value}" for name, value in request.settings.items())
+    base = "" if request.base == DENSE else f" on {request.base}"
     title = (
-        f"{request.model}{method}{settings}, {request.implementation} ({counts.baseline}), {request.dtype}, "
+        f"{request.model}{method}{settings}, {request.implementation} ({counts.baseline}), {request.dtype}{base}, "
         f"{request.batch_size} x {request.seq_len} tokens, {device.name}"
     )
     fits = "fits" if planned.fits else "does not fit"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Annotated
 
 from transformers import PretrainedConfig
@@ -15,6 +16,8 @@ from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
 OPTIMIZERS = ("foreach", "fused")
+DENSE = "dense"
+BASES = (DENSE, "nf4", "fp4", "int8")
 # Token ids and masks of a planned batch are real tensors: beyond this they would not fit where the plan is made.
 MOST_TOKENS = 2**24
 
@@ -31,7 +34,8 @@ class Request:
         images: images a sample; None is one, or none where the model reads text alone.
         image_size: pixels a side, where the family takes any.
         supervised_fraction: share of the tokens that carry a label.
-        dtype: of the base model. checkpointing: activation checkpointing of the decoder's layers.
+        dtype: of the base model. base: what its linear layers' weights are stored as, "dense" or a format of
+            bitsandbytes, with 8-bit scales of blocks. checkpointing: activation checkpointing of the decoder's layers.
         train: parts of the base model that are trained too, of TRAINABLE_PARTS.
         fp32_adapters: added parameters are float32, else in `dtype`.
         optimizer: AdamW as torch chooses on a GPU, a pass for each operation ("foreach"), or in one ("fused").
@@ -47,6 +51,7 @@ class Request:
     image_size: Annotated[int, between(1, 2**14)] | None = None
     supervised_fraction: Annotated[float, Bound("in (0, 1]", lambda share: 0 < share <= 1)] = 0.05
     dtype: Annotated[str, one_of(*DTYPES)] = "bf16"
+    base: Annotated[str, one_of(*BASES)] = DENSE
     checkpointing: bool = False
     train: tuple[str, ...] = ()
     fp32_adapters: bool = True
@@ -64,6 +69,8 @@ class Request:
         unknown = sorted(set(self.train) - set(TRAINABLE_PARTS))
         if unknown:
             raise ValueError(f"train: expected parts among {list(TRAINABLE_PARTS)}, got {unknown}")
+        if self.base != DENSE and find_spec("bitsandbytes") is None:
+            raise ValueError(f"base: expected bitsandbytes installed for {self.base!r}; pip install bitsandbytes")
         make_method(self.method, **self.settings)
 
     def config(self) -> PretrainedConfig:

@@ -17,7 +17,7 @@ from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.counting import Recorder, Work
 from mmpeft_fast.plan.parts import Regions
 from mmpeft_fast.plan.placeholders import Placeholders
-from mmpeft_fast.plan.request import Request
+from mmpeft_fast.plan.request import DENSE, Request
 from mmpeft_fast.plan.triton_calls import counted_triton, dispatched_as
 from mmpeft_fast.stored.baseline import add_baseline
 
@@ -68,9 +68,12 @@ def count_step(request: Request, device_type: str, *, gpu_name: str = "", sdpa: 
 
 
 def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
+    if request.base == "int8" and device_type != "cpu":
+        raise ValueError("base: expected dense, nf4 or fp4 on a GPU, where int8 layers do not train fused; got 'int8'")
     config = request.config()
     model, baseline = build(request, config)
     place = Placeholders(device_type, sdpa)
+    formats = _format_tensors(model, request, place)
     place.materialize(model)
     inputs = training_batch(
         config, place.empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
@@ -96,7 +99,7 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         states = _states(optimizer)
         holder = nn.Module()
         holder.model = model
-        for i, state in enumerate(states):
+        for i, state in enumerate((*states, *formats)):
             holder.register_buffer(f"state_{i}", state)
         stack.enter_context(regions)
         peak = stack.enter_context(peak_bytes("cpu", holder))
@@ -113,13 +116,22 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         baseline=baseline,
         trainable_params=sum(parameter.numel() for parameter in trained),
         frozen_params=sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
-        weight_bytes=_nbytes([*parameters, *model.buffers()]),
+        weight_bytes=_nbytes([*parameters, *model.buffers(), *formats]),
         gradient_bytes=_nbytes([parameter.grad for parameter in trained if parameter.grad is not None]),
         optimizer_bytes=_nbytes(states),
         saved_bytes=saved.bytes,
         peak_bytes=peak.bytes,
         sequence=tuple(recorder.sequence),
     )
+
+
+def _format_tensors(model: nn.Module, request: Request, place: Placeholders) -> list[Tensor]:
+    """What packed weights consist of besides parameters (scales, tables), as placeholders of the device."""
+    if request.base == DENSE:
+        return []
+    from mmpeft_fast.quantised import move_packed
+
+    return move_packed(model, place.placed)
 
 
 def build(request: Request, config) -> tuple[nn.Module, str]:
@@ -129,6 +141,10 @@ def build(request: Request, config) -> tuple[nn.Module, str]:
     except (TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model: transformers cannot build the model of {request.model!r}: {reason}") from error
+    if request.base != DENSE:
+        from mmpeft_fast.quantised import quantise
+
+        quantise(model, request.base)
     if request.implementation == "frozen":
         return model.requires_grad_(False).train(), "transformers"
     own = {id(parameter) for parameter in model.parameters()}
@@ -146,7 +162,7 @@ def build(request: Request, config) -> tuple[nn.Module, str]:
         )
     if not request.fp32_adapters:
         for parameter in model.parameters():
-            if id(parameter) not in own:
+            if id(parameter) not in own and parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[request.dtype])
     return (model if is_peft else fuse(model)).train(), baseline
 

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument(
         "--supervised-fraction", type=float, default=0.05, metavar="F", help="tokens with a label (default: 0.05)"
     )
+    subject.add_argument("--base", default="dense", help="storage of frozen weights: dense, nf4, fp4 or int8")
     subject.add_argument("--dtype", help="bf16, fp16 or fp32, of the base model (default: fp32 on a CPU, else bf16)")
     subject.add_argument(
         "--fp32-adapters", action=argparse.BooleanOptionalAction, default=True,
@@ -116,7 +117,7 @@ def _config(args: argparse.Namespace):
         model=args.model, method=args.method, settings=parse_settings(args.set), batch_size=args.batch_size,
         seq_len=(_TINY_SEQ_LEN if tiny else _SEQ_LEN) if args.seq_len is None else args.seq_len, images=images,
         image_size=_TINY_IMAGE_SIZE if tiny and args.image_size is None else args.image_size,
-        supervised_fraction=args.supervised_fraction, dtype=dtype, fp32_adapters=args.fp32_adapters,
+        supervised_fraction=args.supervised_fraction, dtype=dtype, base=args.base, fp32_adapters=args.fp32_adapters,
     )  # fmt: skip
     return ProfileConfig(
         request=request, implementations=tuple(args.implementation), what=args.what, layers=args.layers,

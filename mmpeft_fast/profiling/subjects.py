@@ -14,7 +14,7 @@ from mmpeft_fast.models import FAMILIES, base_model, family_of, tiny_names
 from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
-from mmpeft_fast.plan.request import Request, model_config
+from mmpeft_fast.plan.request import DENSE, Request, model_config
 from mmpeft_fast.stored.baseline import add_baseline
 
 WHAT = ("step", "layer", "op")
@@ -97,6 +97,10 @@ def _model(request: Request, config: PretrainedConfig, device: torch.device) -> 
                 model = family.model_class(config)
         finally:
             torch.set_default_dtype(default)
+    if request.base != DENSE:
+        from mmpeft_fast.quantised import quantise
+
+        quantise(model, request.base)
     if request.implementation == "frozen":
         model.requires_grad_(False)
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -110,7 +114,7 @@ def _model(request: Request, config: PretrainedConfig, device: torch.device) -> 
     model.to(device)
     if not request.fp32_adapters:
         for parameter in model.parameters():
-            if id(parameter) not in own:
+            if id(parameter) not in own and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     return (fuse(model) if request.implementation == "fused" else model).train(), origin
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +15,7 @@ from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.plan.counting import attention_flops
-from mmpeft_fast.plan.request import Request
+from mmpeft_fast.plan.request import DENSE, Request
 from mmpeft_fast.stored.baseline import add_baseline
 from tests.tiny_models import VOCABULARY, token_id
 
@@ -75,6 +76,9 @@ def measured_step(request: Request) -> Measured:
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = family.model_class(config).to(DTYPES[request.dtype])
+    if request.base != DENSE:
+        quantised = pytest.importorskip("mmpeft_fast.quantised")
+        quantised.quantise(model, request.base)
     method = study_method(model, request.method, **request.settings)
     if request.implementation == "frozen":
         model.requires_grad_(False)
@@ -103,8 +107,11 @@ def measured_step(request: Request) -> Measured:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for i, tensor in enumerate(tensor for state in optimizer.state.values() for tensor in state.values()):
-                holder.register_buffer(f"state_{i}", tensor)
+        alive = [] if optimizer is None else [each for state in optimizer.state.values() for each in state.values()]
+        if request.base != DENSE:
+            alive += quantised.move_packed(model, lambda tensor: tensor)
+        for i, tensor in enumerate(alive):
+            holder.register_buffer(f"alive_{i}", tensor)
         with peak_bytes("cpu", holder) as peak:
             with saved_bytes(model) as saved:
                 loss = model(**inputs).loss

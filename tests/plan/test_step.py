@@ -61,6 +61,23 @@ def test_options_equal_a_real_step(tiny_folders, fields):
     check_against_real(request(tiny_folders["llava"], **fields))
 
 
+@pytest.mark.parametrize("implementation", ["frozen", "peft", "fused"])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_packed_weights_equal_a_real_step(tiny_folders, base, implementation):
+    pytest.importorskip("bitsandbytes")
+    check_against_real(request(tiny_folders["llava"], base=base, implementation=implementation))
+
+
+def test_packed_weights_on_a_gpu(tiny_folders):
+    pytest.importorskip("bitsandbytes")
+    dense, packed = (count_step(request(tiny_folders["llava"], base=base), "cuda") for base in ("dense", "nf4"))
+    assert packed.weight_bytes < dense.weight_bytes and packed.saved_bytes == dense.saved_bytes
+    unpacked = sum(count for work, count in packed.works.items() if work.op == "dequantize_4bit")
+    assert unpacked == 2 * 2 * 7  # each linear layer of two decoder layers, forward and backward
+    with pytest.raises(ValueError, match="expected dense, nf4 or fp4 on a GPU"):
+        count_step(request(tiny_folders["llava"], base="int8"), "cuda")
+
+
 @pytest.mark.parametrize("family, method", family_method_cases(METHODS))
 def test_every_family_and_method_counts_on_a_gpu(tiny_folders, family, method):
     wanted = request(tiny_folders[family], method, images=num_images(family))
