@@ -1,0 +1,123 @@
+"""Who takes part: how each implementation is made of HF PEFT's model, and why one does not take part here."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bench.gpu import real_peers
+from bench.suite import composites
+from bench.suite.cases import Case
+from mmpeft_fast import fuse
+from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
+
+Why = Callable[[Case, str], str | None]  # (case, device) -> why not
+
+
+def _always(case: Case, device: str) -> None:
+    return None
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """prepare: HF PEFT's model -> the model, changed in place; wrap: what is called -> what is called instead.
+
+    narrow: adapters in the model's dtype, else as HF PEFT makes them. provider: forced, or the usual ones. known: the
+    seconds that it takes until it runs, where that is long. peer: the name under which `real_peers` loads it, in a
+    process of its own. why_not: what is missing.
+    """
+
+    prepare: Callable[[nn.Module], nn.Module] = _same
+    wrap: Callable[[Callable], Callable] = _same
+    narrow: bool = False
+    trains: bool = True
+    is_fused: bool = False
+    provider: str | None = None
+    start_s: float = 0.0
+    peer: str | None = None
+    why_not: Why = _always
+
+
+def _compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def _no_narrower(case: Case, device: str) -> str | None:
+    return "the same as peft where the model is in float32" if case.dtype == "fp32" else None
+
+
+def _lora_alone(case: Case, device: str) -> str | None:
+    return None if case.method == "lora" else f"has LoRA alone, not {case.method}"
+
+
+def _by_hand_alone(case: Case, device: str) -> str | None:
+    return _lora_alone(case, device) or ("has no dropout" if case.dropout else None)
+
+
+def _graphs_alone(case: Case, device: str) -> str | None:
+    if device != "cuda":
+        return "CUDA graphs need a GPU"
+    return None if case.what == "step" else "records whole models"
+
+
+def _provider_why(name: str, case: Case, device: str) -> str | None:
+    reason = why_not_installed(name)
+    if reason is not None:
+        return reason
+    if name in ("triton", "cuda") and device != "cuda":
+        return "needs a GPU"
+    return f"has no kernels for {device}" if name == "cpu" and device != "cpu" else None
+
+
+def _peer_why(name: str, case: Case, device: str) -> str | None:
+    absent = [package for package in real_peers.NAMES[name] if importlib.util.find_spec(package) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    if device != "cuda":
+        return "needs a GPU"
+    return _lora_alone(case, device) or (None if case.what == "step" else "takes whole models")
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "frozen": Implementation(trains=False),
+    "peft": Implementation(),
+    "peft_bf16": Implementation(narrow=True, why_not=_no_narrower),
+    "fused": Implementation(prepare=fuse, is_fused=True),
+    "composite": Implementation(prepare=composites.split_steps, narrow=True, why_not=_lora_alone),
+    "manual": Implementation(prepare=composites.by_hand, narrow=True, why_not=_by_hand_alone),
+    "graphs": Implementation(
+        prepare=functools.partial(fuse, cuda_graphs=True), is_fused=True, start_s=5.0, why_not=_graphs_alone
+    ),
+    # Inductor takes this long on two cores for a few layers.
+    "compile": Implementation(wrap=_compiled, start_s=60.0),
+    **{
+        f"fused_{name}": Implementation(
+            prepare=fuse, is_fused=True, provider=name, why_not=functools.partial(_provider_why, name)
+        )
+        for name in PROVIDERS
+    },
+    **{
+        name: Implementation(peer=name, narrow=True, start_s=30.0, why_not=functools.partial(_peer_why, name))
+        for name in real_peers.NAMES
+    },
+}
+
+
+def named(names: list[str]) -> dict[str, Implementation]:
+    """The implementations of these names, `frozen` and `peft` first: the others are measured by them.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown:
+        raise ValueError(f"--implementations: expected some of {', '.join(IMPLEMENTATIONS)}, got {', '.join(unknown)}")
+    return {name: IMPLEMENTATIONS[name] for name in dict.fromkeys(("frozen", "peft", *names))}
