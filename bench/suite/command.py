@@ -82,6 +82,17 @@ def _at_least(option: str, value: float | None, least: float) -> None:
         raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
 
 
+def _device(given: str) -> str:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if given == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if given not in _DEFAULTS or (given == "cuda" and not has_gpu):
+        raise ValueError(f"--device: expected auto, cpu or, where there is a GPU, cuda, got {given!r}")
+    return given
+
+
 def _run(args: argparse.Namespace) -> int:
     for option, least in (("seconds", 1), ("sweep", 1), ("threads", 0)):
         _at_least(f"--{option}", getattr(args, option), least)
@@ -89,78 +100,88 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--growth, --sweep: expected one of them, got both")
     import torch
 
-    from bench.suite import cases, growth, implementations
+    from bench.suite import cases, implementations
     from bench.suite import run as runs
     from mmpeft_fast import METHODS
     from mmpeft_fast.dtypes import DTYPES
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in _DEFAULTS or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device: expected auto, cpu or, where there is a GPU, cuda, got {device!r}")
-    dtypes = (
-        _some_of("--dtype", args.dtype, sorted(DTYPES)) if args.dtype else ["bf16", "fp32"][: 1 + (device == "cpu")]
-    )
+    device = _device(args.device)
+    dtypes = _some_of("--dtype", args.dtype or ["bf16", "fp32"][: 2 if device == "cpu" else 1], sorted(DTYPES))
     models = _some_of("--models", args.models, list(cases.MODELS))
     methods = _some_of("--methods", args.methods, [name for name in METHODS if name != "layernorm-simp"])
-    axes = None if args.growth is None else _some_of("--growth", args.growth, list(growth.AXES))
-    known = runs.rows_so_far(args.out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    special = args.sweep is not None or axes is not None
-    taking_part = implementations.named(args.implementations or list(runs.SWEPT if special else _DEFAULTS[device]))
+    is_suite = args.growth is None and args.sweep is None
+    names = args.implementations or list(_DEFAULTS[device] if is_suite else runs.SWEPT)
+    taking_part = implementations.named(names)
+    if args.growth is not None:
+        parts = _growth_parts(args, models, methods, dtypes[0], device)
+    elif is_suite:
+        parts = {None: cases.suite_cases(device, models, methods, dtypes)}
+    else:
+        parts = {None: [cases.random_case(args.seed, i, dtypes[0]) for i in range(args.sweep)]}
     if args.list:
-        for case in cases.suite_cases(device, models, methods, dtypes):
+        for case in (case for part in parts.values() for case in part):
             print(f"{case.flops / 1e9:10.1f} GFLOP  {case.name()}")
         return 0
-
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    known = runs.rows_so_far(args.out)
     budget = runs.Budget(args.seconds, runs.Machine(device, dtypes))
     emit = runs.saved_to(args.out, _Printer())
     emit([budget.machine.row()])
     if args.sweep is not None:
-        return _sweep(args, dtypes, taking_part, budget, device, known, emit)
-    if axes is not None:
-        return _growth(args, axes, models, methods, dtypes, taking_part, budget, device, emit)
-    chosen = cases.suite_cases(device, models, methods, dtypes)
-    runs.run_cases(chosen, taking_part, budget, device, emit)
+        return _sweep(args, parts[None], taking_part, budget, device, known, emit)
+    if args.growth is not None:
+        return _growth(parts, taking_part, budget, device, emit)
+    runs.run_cases(parts[None], taking_part, budget, device, emit)
     return 0
 
 
-def _growth(args, axes, models, methods, dtypes, taking_part, budget, device, emit) -> int:
-    """One model and method along each axis, the seconds shared out evenly."""
+def _growth_parts(args: argparse.Namespace, models, methods, dtype: str, device: str) -> dict[str, list]:
+    """axis -> cases, of one model and method."""
     from bench.suite import cases, growth
+
+    axes = _some_of("--growth", args.growth, list(growth.AXES))
+    model = models[0] if args.models else {"cpu": "internvl3-1b", "cuda": "llava-1.5-7b"}[device]
+    method = methods[0] if args.methods else "lora"
+    if method not in cases.RANKED:
+        if "rank" in (args.growth or ()):
+            raise ValueError(f"--growth: expected a method with a rank for rank, got {method!r}")
+        axes = [axis for axis in axes if axis != "rank"]
+    base = cases.Case(
+        model=model, method=method, rank=16 if method in cases.RANKED else 0, dtype=dtype, layers=2,
+        seq_len={"cpu": 128, "cuda": 2048}[device], **cases.dimensions(model),
+    )  # fmt: skip
+    return {axis: cases.growth_cases(base, axis, device) for axis in axes}
+
+
+def _growth(parts: dict[str, list], taking_part, budget, device: str, emit) -> int:
+    """Along each axis, the seconds shared out evenly; then the exponents."""
+    from bench.suite import growth
     from bench.suite import run as runs
 
-    model = models[0] if args.models else {"cpu": "internvl3-1b", "cuda": "llava-1.5-7b"}[device]
-    base = cases.Case(
-        model=model, method=methods[0] if args.methods else "lora", dtype=dtypes[0], **cases.dimensions(model),
-        seq_len={"cpu": 128, "cuda": 2048}[device], what=cases.STEP, layers=2,
-    )  # fmt: skip
     rows: list[dict] = []
 
     def keep_and_emit(found):
         rows.extend(found)
         emit(found)
 
-    for axis in axes:
-        share = runs.Budget(budget.seconds / len(axes), budget.machine)
-        if axis == "rank" and base.method not in cases.RANKED:
-            raise ValueError(f"--growth: expected a method with a rank for rank, got {base.method!r}")
-        runs.run_cases(cases.growth_cases(base, axis, device), taking_part, share, device, keep_and_emit, growth=axis)
+    for axis, along in parts.items():
+        share = runs.Budget(budget.seconds / len(parts), budget.machine)
+        runs.run_cases(along, taking_part, share, device, keep_and_emit, growth=axis)
     print()
-    for axis in axes:
+    for axis in parts:
         print("\n".join(growth.growth_lines(rows, axis)))
     return 0
 
 
-def _sweep(args, dtypes, taking_part, budget, device, known, emit) -> int:
+def _sweep(args: argparse.Namespace, shapes: list, taking_part, budget, device: str, known: list[dict], emit) -> int:
     """Random shapes, those that the file has already left alone; prints where the fused path is worse."""
     from bench.suite import run as runs
 
-    rows = runs.sweep(args.sweep, args.seed, dtypes[0], taking_part, budget, device, known, emit)
+    rows = runs.sweep(shapes, args.seed, taking_part, budget, device, known, emit)
     done = len({row["shape"] for row in rows})
-    print(f"\n{done} of {args.sweep} shapes of seed {args.seed} in {dtypes[0]} measured", end="")
     rest = "the same command goes on" if args.out else "with --out FILE the same command would go on"
-    print("" if done == args.sweep else f"; {rest}")
+    print(f"\n{done} of {len(shapes)} shapes measured{'' if done == len(shapes) else f'; {rest}'}")
     found = runs.faults(rows)
     print("\n".join(found) or "fused is nowhere slower than HF PEFT beyond the noise, and nowhere keeps more")
     return 0

@@ -10,7 +10,7 @@ import torch
 
 from bench.rows import append_rows, environment, read_rows
 from bench.suite.bootstrap import ratio_of
-from bench.suite.cases import Case, features, random_case
+from bench.suite.cases import Case, features
 from bench.suite.implementations import Implementation
 from bench.suite.measure import LEFT_OUT, measure
 from mmpeft_fast.dtypes import DTYPES
@@ -98,7 +98,7 @@ class Budget:
         """Implementations that would take more than a quarter of what is left before they run."""
         left = max(self.left, 0.0)
         return {
-            name: f"takes about {one.start_s:.0f} s to start, {left:.0f} s are left"
+            name: f"takes about {one.start_s:.0f} s to start, more than a quarter of what is left"
             for name, one in implementations.items()
             if one.start_s > left / 4
         }
@@ -150,7 +150,8 @@ def _plain(value: object) -> str:
 def left_out_text(row: Mapping) -> str:
     reasons = ", ".join(f"{count} for want of {reason}" for reason, count in row["left_out"].items())
     unseen = f"; not seen at all: {', '.join(row['unseen'])}" if row["unseen"] else "; every setting was seen"
-    return f"left out: {sum(row['left_out'].values())} of {row['cases']} cases ({reasons}){unseen}"
+    what = f"growth with {row['growth']}: " if "growth" in row else ""
+    return f"{what}left out {sum(row['left_out'].values())} of {row['cases']} cases ({reasons}){unseen}"
 
 
 SWEPT = ("frozen", "peft", "fused")
@@ -158,26 +159,23 @@ _SWEEP_SECONDS, _SWEEP_ROUNDS = 4.0, 7
 
 
 def sweep(
-    count: int,
+    shapes: Sequence[Case],
     seed: int,
-    dtype: str,
     implementations: Mapping[str, Implementation],
     budget: Budget,
     device: str,
     known: Sequence[dict],
     emit: Emit,
 ) -> list[dict]:
-    """Measures the random shapes 0 to `count` of a seed that `known` rows do not have yet; the rows of all.
+    """Measures the shapes of a seed that `known` rows do not have yet; the rows of all.
 
     A shape that does not fit into the time or the memory that is left stays open.
     """
-    rows = [row for row in known if row.get("sweep") == seed and row.get("dtype") == dtype and row["shape"] < count]
-    done = {row["shape"] for row in rows}
-    for index in range(count):
-        if index in done:
-            continue
-        case = random_case(seed, index, dtype)
-        if budget.why_not(case, len(implementations)) is not None:
+    names = [case.name() for case in shapes]
+    rows = [row for row in known if row.get("sweep") == seed and row["case"] in names]
+    done = {row["case"] for row in rows}
+    for index, case in enumerate(shapes):
+        if case.name() in done or budget.why_not(case, len(implementations)) is not None:
             continue
         found = list(
             measure(
@@ -198,23 +196,28 @@ def faults(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         by_shape.setdefault(row["shape"], {})[row["implementation"]] = row
     found = []
-    for shape, named in sorted(by_shape.items()):
+    for _, named in sorted(by_shape.items()):
+        case = next(iter(named.values()))["case"]
         fused, peft = named.get("fused", {}), named.get("peft", {})
         if fused.get("status") != "ok":
-            found.append(f"shape {shape}: fused {fused.get('status')}: {fused.get('reason')}")
+            found.append(f"{case}: fused {fused.get('status')}: {fused.get('reason')}")
             continue
         if "rounds_ms" not in peft:
             continue
         value, (low, _) = ratio_of(fused["rounds_ms"], peft["rounds_ms"])
         if low > 1 + fused["noise"]:
-            found.append(f"shape {shape}: {value:.2f} times HF PEFT's time (noise {fused['noise']:.0%})")
+            found.append(f"{case}: {value:.2f} times HF PEFT's time (noise {fused['noise']:.0%})")
         if fused["saved_mib"] > peft["saved_mib"]:
-            found.append(f"shape {shape}: keeps {fused['saved_mib']:.3g} MiB, HF PEFT {peft['saved_mib']:.3g}")
+            found.append(f"{case}: keeps {fused['saved_mib']:.3g} MiB, HF PEFT {peft['saved_mib']:.3g}")
     return found
 
 
 def rows_so_far(path: Path | None) -> list[dict]:
-    return read_rows(path) if path is not None and path.exists() else []
+    """What a file has already. Raises ValueError where these are no rows."""
+    try:
+        return read_rows(path) if path is not None and path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"--out: expected a file of JSON lines to append to, {path} is none ({error})") from error
 
 
 def saved_to(path: Path | None, say: Callable[[dict], None]) -> Emit:

@@ -1,0 +1,260 @@
+"""The suite ranks what is slow as slow, refuses what is wrong, and says what is missing or left out."""
+
+import copy
+import functools
+import json
+import time
+from dataclasses import replace
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from bench.suite import measure as measure_module
+from bench.suite import run as runs
+from bench.suite.cases import (
+    LAYER,
+    MODELS,
+    STEP,
+    Case,
+    dimensions,
+    features,
+    growth_cases,
+    random_case,
+    stock,
+    suite_cases,
+)
+from bench.suite.growth import exponent, growth_lines
+from bench.suite.implementations import IMPLEMENTATIONS, Implementation, named
+from bench.suite.measure import measure
+from bench.suite.trials import Judge, Trial, baseline
+from mmpeft_fast import METHODS, cli
+
+TINY = Case(
+    model="tiny", hidden=64, intermediate=96, heads=4, kv_heads=2, has_bias=True, vocab=50, layers=2, rank=4,
+    batch_size=2, seq_len=24,
+)  # fmt: skip
+
+
+def measured(case, *names, **others: Implementation):
+    found = measure(
+        case, named(list(names)) | others, device="cpu", seconds=1.0, left_out={}, rounds=5, with_work=False
+    )
+    return {row["implementation"]: row for row in found}
+
+
+def slow(function):
+    def called(*args, **kwargs):
+        time.sleep(0.03)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def wrong(model, factor):
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):
+            module.scaling["default"] *= factor
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_warm_up(monkeypatch):
+    monkeypatch.setattr(measure_module, "_WARM_UP_S", 0.0)
+
+
+def test_slow_is_ranked_slow_and_wrong_is_refused():
+    rows = measured(
+        TINY, "fused", "composite", "manual",
+        slow=Implementation(wrap=slow), wrong=Implementation(prepare=functools.partial(wrong, factor=1.01)),
+    )  # fmt: skip
+    assert {name: row["status"] for name, row in rows.items() if name != "wrong"} == dict.fromkeys(
+        ("frozen", "peft", "fused", "composite", "manual", "slow"), "ok"
+    )
+    assert max((row for row in rows.values() if "p50_ms" in row), key=lambda row: row["p50_ms"]) is rows["slow"]
+    assert rows["slow"]["p50_ms"] > 30 and rows["slow"]["x_peft"] > 1
+    refused = rows["wrong"]
+    assert refused["status"] == "refused" and "allowed" in refused["reason"] and "p50_ms" not in refused
+    assert refused["error"] > 2 * refused["eager_error"]
+    assert len(rows["peft"]["rounds_ms"]) == 5 and rows["peft"]["noise"] > 0
+    assert rows["fused"]["saved_mib"] < rows["peft"]["saved_mib"] and rows["fused"]["commit"]
+
+
+@pytest.mark.parametrize("what, method", [(STEP, "lora"), (LAYER, "lora"), (STEP, "prefix"), (LAYER, "ia3")])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_method_passes_its_judge(what, method, dtype):
+    case = replace(TINY, what=what, method=method, rank=0 if method == "ia3" else 4, dtype=dtype)
+    model = baseline(case, "cpu")
+    judge = Judge(case, IMPLEMENTATIONS["peft"], model, "cpu")
+    for name in ("peft", "peft_bf16", "fused", "fused_torch", "composite", "manual"):
+        implementation = IMPLEMENTATIONS[name]
+        if implementation.why_not(case, "cpu") is None:
+            found = judge.verdict(Trial(case, implementation, copy.deepcopy(model), "cpu"))
+            assert found["ok"], (name, found)
+
+
+def test_dropout_is_kept_in_the_times_and_off_before_the_judge():
+    rows = measured(replace(TINY, dropout=0.3), "fused", "composite", "manual")
+    assert [rows[name]["status"] for name in ("peft", "fused", "composite", "manual")] == ["ok", "ok", "ok", "missing"]
+    assert rows["manual"]["reason"] == "has no dropout"
+
+
+def test_what_breaks_is_a_row():
+    def broken(model):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    rows = measured(TINY, broken=Implementation(prepare=broken))
+    assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "no kernel image for this device")
+
+
+def test_what_is_missing_says_so():
+    ia3 = replace(TINY, method="ia3", rank=0)
+    reasons = {name: one.why_not(ia3, "cpu") for name, one in IMPLEMENTATIONS.items()}
+    assert (
+        reasons["frozen"] is reasons["peft"] is reasons["fused"] is reasons["fused_torch"] is reasons["compile"] is None
+    )
+    assert "needs a GPU" in reasons["fused_triton"] and "GPU" in reasons["graphs"]
+    assert reasons["composite"] == reasons["manual"] == "has LoRA alone, not ia3"
+    assert "the same as peft" in reasons["peft_bf16"]
+    for name in ("liger", "unsloth"):
+        assert reasons[name].startswith("not installed: ") or reasons[name] == "needs a GPU"
+
+
+def test_dimensions_are_those_of_the_published_models():
+    found = {name: dimensions(name) for name in MODELS}
+    assert found["qwen-vl-chat"]["intermediate"] == found["llava-1.5-7b"]["intermediate"] == 11008
+    assert (found["qwen2.5-vl-72b"]["hidden"], found["qwen2.5-vl-72b"]["kv_heads"]) == (8192, 8)
+    assert found["internvl3-8b"] == {**found["qwen2.5-vl-7b"], "vocab": found["internvl3-8b"]["vocab"]}
+    model = stock(TINY, "cpu")
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert linears == TINY.parameters
+
+
+def test_the_first_cases_show_the_most():
+    cases = suite_cases("cpu", MODELS, ["lora", "ia3", "prefix"], ["bf16", "fp32"])
+    assert len(set(cases)) == len(cases)
+    everything = {one for case in cases for one in features(case) if isinstance(one[0], str)}
+    first = cases[: len(MODELS) + 1]  # no setting has more values than there are models
+    assert {one for case in first for one in features(case) if isinstance(one[0], str)} == everything
+    assert cases[0].flops == min(case.flops for case in cases)
+
+
+class Clock:
+    """A machine of known rates."""
+
+    device, bytes_per_s = "cpu", 1e10
+    flops_per_s = MappingProxyType({"fp32": 1e10, "bf16": 1e10})
+
+    def __init__(self, free=1e12):
+        self._free = free
+
+    def free_bytes(self):
+        return self._free
+
+
+def test_a_budget_leaves_out_what_is_too_long_or_too_large_and_says_so(monkeypatch):
+    cases = suite_cases("cpu", ["internvl3-1b", "llava-1.5-7b"], ["lora"], ["fp32"])
+    emitted = []
+    monkeypatch.setattr(runs, "measure", lambda case, *args, **kwargs: [{"case": case.name(), "p50_ms": 1.0}])
+    runs.run_cases(cases, named(["fused"]), runs.Budget(60.0, Clock()), "cpu", emitted.extend)
+    summary = emitted[-1]
+    assert summary["mode"] == "left out" and summary["left_out"]["time"] + len(emitted) - 1 == len(cases)
+    assert 1 < len(emitted) < len(cases)
+    assert "model llava-1.5-7b" in summary["unseen"] and "model llava-1.5-7b" in runs.left_out_text(summary)
+    emitted.clear()
+    runs.run_cases(cases, named(["fused"]), runs.Budget(1e9, Clock(free=1e9)), "cpu", emitted.extend)
+    assert "memory" in emitted[-1]["left_out"] and "time" not in emitted[-1]["left_out"]
+    assert "compile" in runs.Budget(100.0, Clock()).slow_to_start(named(["compile"]))
+    assert not runs.Budget(1000.0, Clock()).slow_to_start(named(["compile"]))
+
+
+def test_random_shapes_cover_what_they_should_and_repeat():
+    found = [random_case(7, i, "fp32") for i in range(400)]
+    assert found == [random_case(7, i, "fp32") for i in range(400)]
+    assert {case.method for case in found} == set(METHODS)
+    for field, low, high in (("hidden", 64, 4096), ("tokens", 1, 4096), ("rank", 0, 512)):
+        values = [getattr(case, field) for case in found]
+        assert low <= min(values) and max(values) <= high + 3 and len(set(values)) > 30, field
+    assert all(case.hidden % case.heads == 0 and case.heads % case.kv_heads == 0 for case in found)
+    assert any(case.kv_heads < case.heads for case in found) and any(case.tokens < 4 for case in found)
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "rows" / "sweep.jsonl"
+    said = []
+    emit = runs.saved_to(path, said.append)
+
+    budget = runs.Budget(60.0, runs.Machine("cpu", ["fp32"]))
+
+    def swept(count):
+        shapes = [random_case(3, i, "fp32") for i in range(count)]
+        return runs.sweep(shapes, 3, named(["fused"]), budget, "cpu", runs.rows_so_far(path), emit)
+
+    swept(2)
+    first = len(said)
+    assert {row["shape"] for row in said} == {0, 1} and first == 6
+    rows = swept(3)
+    assert {row["shape"] for row in said[first:]} == {2} and {row["shape"] for row in rows} == {0, 1, 2}
+    assert [json.loads(line)["shape"] for line in path.read_text().splitlines()] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def row_of(shape, name, ms, kept, status="ok", noise=0.02):
+    times = [ms * (1 + 0.001 * i) for i in range(7)]
+    row = {"shape": shape, "case": f"shape {shape}", "implementation": name, "status": status, "saved_mib": kept}
+    return row | ({"rounds_ms": times, "noise": noise} if status == "ok" else {"reason": "too far off"})
+
+
+def test_faults_of_a_sweep_are_what_is_slower_keeps_more_or_is_wrong():
+    rows = [row_of(i, "peft", 10.0, 5.0) for i in range(5)]
+    rows += [row_of(0, "fused", 9.0, 4.0), row_of(1, "fused", 12.0, 4.0), row_of(2, "fused", 10.1, 6.0)]
+    rows += [row_of(3, "fused", 10.1, 5.0), row_of(4, "fused", 0.0, 0.0, status="refused")]
+    assert [line.split(":")[0] for line in runs.faults(rows)] == ["shape 1", "shape 2", "shape 4"]
+
+
+def test_exponents_are_those_of_powers():
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    with pytest.raises(ValueError, match="two sizes"):
+        exponent([2, 2], [1, 1])
+    rows = [
+        {"growth": "tokens", "seq_len": n, "implementation": name, "p50_ms": ms, "saved_mib": 2.0 * n}
+        for n in (8, 16, 32)
+        for name, ms in (("peft", float(n)), ("fused", 0.1 * n * n))
+    ]
+    lines = growth_lines(rows, "tokens")
+    assert any("fused" in line and "tokens^2.00" in line and "kept bytes as tokens^1.00" in line for line in lines)
+    assert lines[-1] == "tokens: fused is no faster than peft at tokens 16, 32"
+
+
+@pytest.mark.parametrize("axis, field", [("tokens", "seq_len"), ("rank", "rank"), ("layers", "layers")])
+def test_growth_goes_along_one_axis(axis, field):
+    found = growth_cases(TINY, axis, "cpu")
+    assert len({getattr(case, field) for case in found}) == len(found) > 3
+    assert {replace(case, **{field: 1}) for case in found} == {replace(TINY, **{field: 1})}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "--seconds", "0"], "--seconds: expected at least 1, got 0"),
+        (["run", "--seconds", "nan"], "--seconds: expected at least 1, got nan"),
+        (["run", "--device", "tpu"], "--device: expected auto, cpu or"),
+        (["run", "--dtype", "int8"], "--dtype: expected some of bf16, fp16, fp32, got int8"),
+        (["run", "--models", "gpt"], "--models: expected some of llava-1.5-7b"),
+        (["run", "--methods", "dora"], "--methods: expected some of"),
+        (["run", "--implementations", "magic"], "--implementations: expected some of frozen"),
+        (["run", "--growth", "width"], "--growth: expected some of tokens, rank, layers, got width"),
+        (["run", "--growth", "--sweep", "3"], "--growth, --sweep: expected one of them, got both"),
+        (
+            ["run", "--growth", "rank", "--methods", "ia3"],
+            "--growth: expected a method with a rank for rank",
+        ),
+        (["compare", "nothing.jsonl", "nothing.jsonl"], "nothing.jsonl: No such file or directory"),
+        (["report", "nothing.jsonl"], "nothing.jsonl: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", *words]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith(f"error: {said}") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
