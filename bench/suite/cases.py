@@ -209,9 +209,12 @@ def stock(case: Case, device: str) -> nn.Module:
 
 
 def batch(case: Case, device: str) -> dict[str, Tensor]:
-    """Random embeddings [B, T, hidden] in the case's dtype; labels at the end of every sample."""
+    """Of a step random tokens [B, T], labels at the end of every sample; of a layer random hidden states [B, T, H]."""
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(case.batch_size, case.seq_len, case.hidden, generator=generator) * 0.02
-    labels = torch.randint(0, case.vocab, (case.batch_size, case.seq_len), generator=generator)
+    size = (case.batch_size, case.seq_len)
+    if case.what == LAYER:
+        embeddings = torch.randn(*size, case.hidden, generator=generator) * 0.02
+        return {"inputs_embeds": embeddings.to(device, DTYPES[case.dtype])}
+    ids, labels = (torch.randint(0, case.vocab, size, generator=generator) for _ in range(2))
     labels[:, : case.seq_len - max(1, round(case.seq_len * case.supervised))] = IGNORE_INDEX
-    return {"inputs_embeds": embeddings.to(device, DTYPES[case.dtype]), "labels": labels.to(device)}
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}

@@ -29,9 +29,9 @@ def _same(model: nn.Module) -> nn.Module:
 class Implementation:
     """prepare: HF PEFT's model -> the model, changed in place; wrap: what is called -> what is called instead.
 
-    narrow: adapters in the model's dtype, else as HF PEFT makes them. provider: forced, or the usual ones. known: the
-    seconds that it takes until it runs, where that is long. peer: the name under which `real_peers` loads it, in a
-    process of its own. why_not: what is missing.
+    narrow: adapters in the model's dtype, else as HF PEFT makes them. provider: forced, or the usual ones. is_opaque:
+    its work is not seen op by op. start_s: about what it takes until it runs. peer: the name under which `real_peers`
+    loads it, in a process of its own. why_not: what is missing.
     """
 
     prepare: Callable[[nn.Module], nn.Module] = _same
@@ -40,6 +40,7 @@ class Implementation:
     trains: bool = True
     is_fused: bool = False
     provider: str | None = None
+    is_opaque: bool = False
     start_s: float = 0.0
     peer: str | None = None
     why_not: Why = _always
@@ -94,10 +95,14 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "composite": Implementation(prepare=composites.split_steps, narrow=True, why_not=_lora_alone),
     "manual": Implementation(prepare=composites.by_hand, narrow=True, why_not=_by_hand_alone),
     "graphs": Implementation(
-        prepare=functools.partial(fuse, cuda_graphs=True), is_fused=True, start_s=5.0, why_not=_graphs_alone
+        prepare=functools.partial(fuse, cuda_graphs=True),
+        is_fused=True,
+        is_opaque=True,
+        start_s=5.0,
+        why_not=_graphs_alone,
     ),
-    # Inductor takes this long on two cores for a few layers.
-    "compile": Implementation(wrap=_compiled, start_s=60.0),
+    # Inductor takes so long on two cores for a layer or two.
+    "compile": Implementation(wrap=_compiled, is_opaque=True, start_s=30.0),
     **{
         f"fused_{name}": Implementation(
             prepare=fuse, is_fused=True, provider=name, why_not=functools.partial(_provider_why, name)
@@ -105,7 +110,9 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
         for name in PROVIDERS
     },
     **{
-        name: Implementation(peer=name, narrow=True, start_s=30.0, why_not=functools.partial(_peer_why, name))
+        name: Implementation(
+            peer=name, narrow=True, is_opaque=True, start_s=20.0, why_not=functools.partial(_peer_why, name)
+        )
         for name in real_peers.NAMES
     },
 }

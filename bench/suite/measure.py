@@ -4,6 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
@@ -13,8 +14,8 @@ from bench.rows import environment
 from bench.suite.bootstrap import ratio_of
 from bench.suite.cases import Case, stock
 from bench.suite.implementations import Implementation
+from bench.suite.peers import PeerTrial
 from bench.suite.trials import Judge, Trial, baseline
-from mmpeft_fast.measure import peak_bytes
 
 OK, REFUSED, MISSING, FAILED, LEFT_OUT = "ok", "refused", "missing", "failed", "left out"
 YARDSTICKS = ("frozen", "peft")
@@ -41,10 +42,28 @@ def measure(
         left_out: implementation -> why it does not take part in this case.
         with_work: also counts FLOPs, bytes and launches.
     """
+    with ExitStack() as stack:
+        rows = _measured(case, implementations, stack, device, seconds, left_out, rounds, with_work)
+    for name, row in rows.items():
+        common = {"op": "suite", "mode": "fwd_bwd", **asdict(case), "case": case.name(), "implementation": name}
+        yield {**common, **row, **environment()}
+
+
+def _measured(
+    case: Case,
+    implementations: Mapping[str, Implementation],
+    stack: ExitStack,
+    device: str,
+    seconds: float,
+    left_out: Mapping[str, str],
+    rounds: int,
+    with_work: bool,
+) -> dict[str, dict]:
+    """implementation -> what its row says beside the case; `stack` ends the processes of peers."""
     model = baseline(case, device)
     judge = Judge(case, implementations["peft"], model, device)
     rows: dict[str, dict] = {}
-    trials: dict[str, Trial] = {}
+    trials: dict[str, Trial | PeerTrial] = {}
     for name, implementation in implementations.items():
         why_not = implementation.why_not(case, device)
         if why_not is not None:
@@ -52,31 +71,27 @@ def measure(
         elif name in left_out:
             rows[name] = {"status": LEFT_OUT, "reason": left_out[name]}
         else:
-            trial, rows[name] = _judged(case, implementation, model, judge, device)
+            trial, rows[name] = _judged(case, implementation, model, judge, stack, device)
             if trial is not None:
                 trials[name] = trial
-    del model
-    if "frozen" in trials:
-        times = _timed(trials, device, seconds, rounds)
-        again = times.pop(_AGAIN).device_ms
-        noise = max(abs(bound - 1) for bound in ratio_of(again, times["frozen"].device_ms).interval)
-        for name, found in times.items():
-            rows[name] |= {**found.row(), "rounds_ms": found.device_ms, "noise": noise}
-            rows[name] |= _memory(trials[name], device, is_compiled=implementations[name].start_s > 0)
-            if with_work and not implementations[name].start_s:
-                rows[name] |= trials[name].work()
-        for row in rows.values():
-            for other in YARDSTICKS:
-                if "p50_ms" in row and other in times:
-                    row[f"x_{other}"] = row["p50_ms"] / statistics.median(times[other].device_ms)
-    for name, row in rows.items():
-        common = {"op": "suite", "mode": "fwd_bwd", **asdict(case), "case": case.name(), "implementation": name}
-        yield {**common, **row, **environment()}
+    del model, judge
+    times = _timed(trials, device, seconds, rounds)
+    again = times.pop(_AGAIN).device_ms
+    noise = max(abs(bound - 1) for bound in ratio_of(again, times["frozen"].device_ms).interval)
+    for name, found in times.items():
+        row = rows[name]
+        row |= {**found.row(), "rounds_ms": found.device_ms, "noise": noise, **trials[name].memory()}
+        if with_work and not implementations[name].is_opaque:
+            row |= trials[name].work()
+        for other in YARDSTICKS:
+            if other in times:
+                row[f"x_{other}"] = row["p50_ms"] / statistics.median(times[other].device_ms)
+    return rows
 
 
 def _judged(
-    case: Case, implementation: Implementation, model: torch.nn.Module, judge: Judge, device: str
-) -> tuple[Trial | None, dict]:
+    case: Case, implementation: Implementation, model: torch.nn.Module, judge: Judge, stack: ExitStack, device: str
+) -> tuple[Trial | PeerTrial | None, dict]:
     """The trial, if it may take part, and what its row says of that."""
     started = time.monotonic()
     try:
@@ -84,7 +99,10 @@ def _judged(
             trial = Trial(case, implementation, stock(case, device).requires_grad_(False), device)
             trial.run()
             return trial, {"status": OK, "start_s": time.monotonic() - started}
-        trial = Trial(case, implementation, copy.deepcopy(model), device)
+        if implementation.peer is None:
+            trial = Trial(case, implementation, copy.deepcopy(model), device)
+        else:
+            trial = stack.enter_context(PeerTrial(case, implementation, model, device))
         found = judge.verdict(trial)
     except (RuntimeError, ImportError) as error:  # other projects' code on this machine
         return None, {"status": FAILED, "reason": " ".join(str(error).split())[:300]}
@@ -94,19 +112,7 @@ def _judged(
     return None, {"status": REFUSED, "reason": found["reason"], **row}
 
 
-def _memory(trial: Trial, device: str, *, is_compiled: bool) -> dict[str, float]:
-    """Bytes kept for the backward pass, and the peak of a pass above the weights; compiled code cannot be followed op
-    by op, which the peak of a CPU is made of."""
-    found = {"saved_mib": trial.kept_bytes() / 2**20}
-    if is_compiled and device != "cuda":
-        return found
-    before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    with peak_bytes(device) as peak:
-        trial.run()
-    return found | {"peak_mib": (peak.bytes - before) / 2**20}
-
-
-def _timed(trials: Mapping[str, Trial], device: str, seconds: float, rounds: int) -> dict[str, Times]:
+def _timed(trials: Mapping[str, Trial | PeerTrial], device: str, seconds: float, rounds: int) -> dict[str, Times]:
     """Rounds that take turns; `frozen` twice, for the machine's own noise."""
     functions: dict[str, Callable[[], object]] = {name: trial.run for name, trial in trials.items()}
     functions[_AGAIN] = trials["frozen"].run

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from bench.gpu.judge import Outputs, verdict
 from bench.gpu.timing import on_provider
-from bench.suite.cases import LAYER, Case, batch, stock
+from bench.suite.cases import LAYER, STEP, Case, batch, stock
 from bench.suite.implementations import Implementation
 from mmpeft_fast import profile, saved_bytes
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
+from mmpeft_fast.measure import peak_bytes
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.profiling.rows import total
 from mmpeft_fast.stored.baseline import add_baseline
-
-_INPUT = "input"
 
 
 def baseline(case: Case, device: str) -> nn.Module:
@@ -42,51 +41,54 @@ class Trial:
     """
 
     def __init__(self, case: Case, implementation: Implementation, model: nn.Module, device: str):
-        self.case, self.implementation = case, implementation
+        self.case, self.implementation, self.device = case, implementation, device
         if implementation.narrow:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(DTYPES[case.dtype])
         self.model = implementation.prepare(model).train()
-        dtype = next(parameter.dtype for parameter in model.parameters() if not parameter.requires_grad)
-        self.batch = {name: _widened(tensor, dtype) for name, tensor in batch(case, device).items()}
+        self.batch = batch(case, device)
+        self.upstream: Tensor | None = None  # of a layer's output
         called = self.model
         if case.what == LAYER:
             base = base_model(self.model)
             called = family_of(base).decoder_of(base)
-            del self.batch["labels"]
+            dtype = next(parameter.dtype for parameter in model.parameters() if not parameter.requires_grad)
+            inputs = self.batch["inputs_embeds"]
             generator = torch.Generator().manual_seed(1)
-            shape = self.batch["inputs_embeds"].shape
-            self.upstream = torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype]).to(dtype)
+            self.upstream = torch.randn(inputs.shape, generator=generator).to(inputs).to(dtype)
+            self.batch["inputs_embeds"] = inputs.to(dtype)
         elif implementation.is_fused:
             # Known on the host, as the package's collator knows it: the step need not wait for a GPU.
             count = (self.batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).max()
             self.batch["supervised_capacity"] = int(count)
+        if case.what == STEP and not implementation.trains:
+            self.model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         self.called = implementation.wrap(called)
 
-    def _on_provider(self) -> contextlib.AbstractContextManager:
+    def _context(self) -> contextlib.AbstractContextManager:
         return on_provider(self.implementation.provider or "")
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """(loss, or the last hidden states; the input)."""
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """(loss, None), or of a layer (the last hidden states, the input)."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        wants_dx = self.case.what == LAYER or not self.implementation.trains
-        embeddings = self.batch["inputs_embeds"].detach().requires_grad_(wants_dx)
-        with self._on_provider():
-            made = self.called(**{**self.batch, "inputs_embeds": embeddings}, use_cache=False)
-        return (made.last_hidden_state if self.case.what == LAYER else made.loss), embeddings
+        with self._context():
+            if self.case.what == STEP:
+                return self.called(**self.batch, use_cache=False).loss, None
+            inputs = self.batch["inputs_embeds"].detach().requires_grad_()
+            return self.called(inputs_embeds=inputs, use_cache=False).last_hidden_state, inputs
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        made, embeddings = self.forward()
-        with self._on_provider():
-            made.backward(self.upstream if self.case.what == LAYER else None)
-        return made, embeddings
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        made, inputs = self.forward()
+        with self._context():
+            made.backward(self.upstream)
+        return made, inputs
 
     def outcome(self) -> dict[str, Tensor | None]:
         """The loss (a layer's output), and gradients by the name of what they are of; without dropout."""
         with self._without_dropout():
-            made, embeddings = self.run()
-        found = {"output" if self.case.what == LAYER else "loss": made.detach(), _INPUT: embeddings.grad}
+            made, inputs = self.run()
+        found = {"loss": made.detach()} if inputs is None else {"output": made.detach(), "input": inputs.grad}
         return found | {
             name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
@@ -103,10 +105,20 @@ class Trial:
             for layer in layers:
                 layer.train()
 
-    def kept_bytes(self) -> int:
+    def memory(self) -> dict[str, float]:
+        """MiB kept for the backward pass, and the peak of a pass above the weights.
+
+        The peak on a CPU is made of single ops, into which compiled code is not divided.
+        """
         with saved_bytes(self.model) as saved:
             self.forward()
-        return saved.bytes
+        found = {"saved_mib": saved.bytes / 2**20}
+        if self.implementation.is_opaque and self.device != "cuda":
+            return found
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        with peak_bytes(self.device) as peak:
+            self.run()
+        return found | {"peak_mib": (peak.bytes - before) / 2**20}
 
     def work(self) -> dict[str, int]:
         """FLOPs, bytes moved and launches of a pass, as the profiler counts them."""
@@ -114,10 +126,6 @@ class Trial:
             self.run()
         whole = total(profiled.rows)
         return {"flops": whole.flops, "bytes": whole.bytes, "launches": whole.launches}
-
-
-def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def truth_of(case: Case, implementation: Implementation, model: nn.Module, device: str) -> Outputs:

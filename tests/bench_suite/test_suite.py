@@ -107,6 +107,33 @@ def test_what_breaks_is_a_row():
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "no kernel image for this device")
 
 
+LIGER = """
+def apply_liger_kernel_to_llama(**options):
+    from transformers.models.qwen2 import modeling_qwen2 as home
+    class Changed(home.Qwen2RMSNorm):
+        def forward(self, x):
+            return super().forward(x) * {factor}
+    home.Qwen2RMSNorm = Changed
+def apply_liger_kernel_to_qwen2(**options): pass
+"""
+
+
+@pytest.mark.parametrize("factor, status", [(1, "ok"), (1.1, "refused"), (None, "failed")])
+def test_a_peer_takes_its_turns_in_a_process_of_its_own(tmp_path, monkeypatch, factor, status):
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").write_text("")
+    source = LIGER.format(factor=factor) if factor else "raise OSError('no driver')"
+    (tmp_path / "liger_kernel" / "transformers.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = measured(TINY, liger=Implementation(peer="liger", narrow=True, is_opaque=True))["liger"]
+    assert row["status"] == status, row
+    if status == "ok":
+        assert len(row["rounds_ms"]) == 5 and row["saved_mib"] > 0 and row["error"] < 1e-5
+    else:
+        assert "no driver" in row["reason"] or "allowed" in row["reason"]
+    assert type(stock(TINY, "cpu").model.norm).__name__ == "Qwen2RMSNorm"  # nothing has changed here
+
+
 def test_what_is_missing_says_so():
     ia3 = replace(TINY, method="ia3", rank=0)
     reasons = {name: one.why_not(ia3, "cpu") for name, one in IMPLEMENTATIONS.items()}
