@@ -1,7 +1,7 @@
 """What the suite measures: decoders of real models' dimensions under a method, and which of them say most.
 
 A *step* is a decoder with head and loss, a *layer* the same decoder without them, its input's gradient wanted. Decoders
-are LLaMA's or, with biases on q, k and v, Qwen2's, with fewer layers than the model has.
+are LLaMA's or, with biases on q, k and v, Qwen2's, with fewer layers than the model has. An *op* is the registry's.
 """
 
 import itertools
@@ -32,6 +32,12 @@ _INTERNVL3 = {
 MODELS = (*_FAMILY, *_INTERNVL3)
 RANKED = {"lora": "r", "adapter": "bottleneck", "prefix": "num_virtual_tokens"}  # method -> its size's name
 _RANKS = {"lora": (16, 128), "adapter": (64, 256), "prefix": (20,)}
+# op of the registry -> the method that it is for, any for a loss
+_OP_METHOD = {
+    "lora_linear": "lora", "norm_lora_gate_up": "lora", "swiglu_lora_down": "lora", "swiglu_ia3_down": "ia3",
+    "swiglu_adapter_down": "adapter", "prefix_attention": "prefix", "norm": "layernorm", "loss": "lora",
+}  # fmt: skip
+KINDS = ("step", "layer", "op")
 # A head over all of Qwen's words would hide the decoder of few layers.
 _MOST_VOCAB = 32064
 _HEAD_DIMS = (32, 64, 80, 128)
@@ -64,22 +70,35 @@ class Case:
         return self.batch_size * self.seq_len
 
     @property
+    def is_op(self) -> bool:
+        return self.what not in (STEP, LAYER)
+
+    @property
     def parameters(self) -> int:
         """Of the frozen linear layers."""
+        if self.is_op:
+            return self._op_weights()
         kv_width = self.hidden // self.heads * self.kv_heads
         layer = 2 * self.hidden * (self.hidden + kv_width) + 3 * self.hidden * self.intermediate
         return self.layers * layer + (self.hidden * self.vocab if self.what == STEP else 0)
 
+    def _op_weights(self) -> int:
+        wide = self.hidden * self.intermediate
+        sizes = {"lora_linear": self.hidden**2, "norm_lora_gate_up": 2 * wide, "loss": self.hidden * self.vocab}
+        return sizes.get(self.what, wide if self.what.startswith("swiglu") else 0)
+
     @property
     def flops(self) -> int:
         """Of the frozen model's forward pass and the gradient of its input, causal attention as half of its square."""
+        if self.is_op and self.what != "prefix_attention":
+            return 4 * self.parameters * self.tokens
         attention = 7 * self.layers * self.batch_size * self.seq_len**2 * self.hidden
         return 4 * self.parameters * self.tokens + attention
 
     def name(self) -> str:
         size = f" r{self.rank}" if self.rank else ""
         layers = f"{self.layers} layer{'s' * (self.layers != 1)}"
-        what = f"{self.what} of {layers}" if self.what == STEP else layers
+        what = {STEP: f"step of {layers}", LAYER: layers}.get(self.what, self.what)
         return f"{self.model} {what} {self.method}{size} {self.batch_size}x{self.seq_len} {self.dtype}"
 
     def made_method(self) -> Method:
@@ -109,17 +128,23 @@ def dimensions(model: str) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def suite_cases(device: str, models: Sequence[str], methods: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
+def suite_cases(
+    device: str, kinds: Sequence[str], models: Sequence[str], methods: Sequence[str], dtypes: Sequence[str]
+) -> list[Case]:
     """Every combination that the suite knows, those that say most first: `ordered`."""
     on_gpu = device == "cuda"
     lengths = ((1, 1024), (4, 700), (2, 4096)) if on_gpu else ((1, 32), (1, 128), (2, 512))
+    subjects = [(what, method) for what, method in itertools.product((STEP, LAYER), methods) if what in kinds]
+    if "op" in kinds:
+        subjects += [(op, method) for op, method in _OP_METHOD.items() if method in methods]
     found = []
-    for what, model, method, dtype in itertools.product((STEP, LAYER), models, methods, dtypes):
-        if what == LAYER and method == "prefix":
+    for (what, method), model, dtype in itertools.product(subjects, models, dtypes):
+        if (what, method) == (LAYER, "prefix"):
             continue  # HF PEFT's prefix is the whole model's
         layers = (8 if on_gpu else 2) if what == STEP else 1
         common = {"what": what, "model": model, "layers": layers, "method": method, "dtype": dtype}
-        for rank, (batch_size, seq_len) in itertools.product(_RANKS.get(method, (0,)), lengths):
+        ranks = (0,) if what in ("norm", "loss") else _RANKS.get(method, (0,))
+        for rank, (batch_size, seq_len) in itertools.product(ranks, lengths):
             sizes = {"rank": rank, "batch_size": batch_size, "seq_len": seq_len}
             found.append(Case(**common, **sizes, **dimensions(model)))
     return list(ordered(found))

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_parser.add_argument(
         "--dtype", nargs="+", metavar="D", help="of bf16, fp16, fp32 (default: bf16 and, on a CPU, fp32)"
     )
+    run_parser.add_argument(
+        "--what", nargs="+", metavar="W", help="of step, layer, op, the registry's (default: step and layer)"
+    )
     run_parser.add_argument("--models", nargs="+", metavar="M", help="whose dimensions (default: all of the suite)")
     run_parser.add_argument("--methods", nargs="+", metavar="M", help="methods (default: all of the study)")
     run_parser.add_argument(
@@ -115,7 +118,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.growth is not None:
         parts = _growth_parts(args, models, methods, dtypes[0], device)
     elif is_suite:
-        parts = {None: cases.suite_cases(device, models, methods, dtypes)}
+        kinds = _some_of("--what", args.what or ["step", "layer"], list(cases.KINDS))
+        parts = {None: cases.suite_cases(device, kinds, models, methods, dtypes)}
     else:
         parts = {None: [cases.random_case(args.seed, i, dtypes[0]) for i in range(args.sweep)]}
     if args.list:

@@ -14,7 +14,7 @@ from bench.suite.cases import Case
 from mmpeft_fast import fuse
 from mmpeft_fast.ops.providers import PROVIDERS, why_not_installed
 
-Why = Callable[[Case, str], str | None]  # (case, device) -> why not
+Why = Callable[[Case, str], str | None]  # (case, device) -> what is missing
 
 
 def _always(case: Case, device: str) -> None:
@@ -31,7 +31,7 @@ class Implementation:
 
     narrow: adapters in the model's dtype, else as HF PEFT makes them. provider: forced, or the usual ones. is_opaque:
     its work is not seen op by op. start_s: about what it takes until it runs. peer: the name under which `real_peers`
-    loads it, in a process of its own. why_not: what is missing.
+    loads it, in a process of its own. missing: why it cannot run.
     """
 
     prepare: Callable[[nn.Module], nn.Module] = _same
@@ -43,7 +43,13 @@ class Implementation:
     is_opaque: bool = False
     start_s: float = 0.0
     peer: str | None = None
-    why_not: Why = _always
+    missing: Why = _always
+
+    def why_not(self, case: Case, device: str) -> str | None:
+        """Why it does not take part in a case on a device, or None."""
+        if case.is_op and (self.narrow or self.is_opaque):
+            return "has no single ops"
+        return self.missing(case, device)
 
 
 def _compiled(function: Callable) -> Callable:
@@ -90,28 +96,28 @@ def _peer_why(name: str, case: Case, device: str) -> str | None:
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "frozen": Implementation(trains=False),
     "peft": Implementation(),
-    "peft_bf16": Implementation(narrow=True, why_not=_no_narrower),
+    "peft_bf16": Implementation(narrow=True, missing=_no_narrower),
     "fused": Implementation(prepare=fuse, is_fused=True),
-    "composite": Implementation(prepare=composites.split_steps, narrow=True, why_not=_lora_alone),
-    "manual": Implementation(prepare=composites.by_hand, narrow=True, why_not=_by_hand_alone),
+    "composite": Implementation(prepare=composites.split_steps, narrow=True, missing=_lora_alone),
+    "manual": Implementation(prepare=composites.by_hand, narrow=True, missing=_by_hand_alone),
     "graphs": Implementation(
         prepare=functools.partial(fuse, cuda_graphs=True),
         is_fused=True,
         is_opaque=True,
         start_s=5.0,
-        why_not=_graphs_alone,
+        missing=_graphs_alone,
     ),
     # Inductor takes so long on two cores for a layer or two.
     "compile": Implementation(wrap=_compiled, is_opaque=True, start_s=30.0),
     **{
         f"fused_{name}": Implementation(
-            prepare=fuse, is_fused=True, provider=name, why_not=functools.partial(_provider_why, name)
+            prepare=fuse, is_fused=True, provider=name, missing=functools.partial(_provider_why, name)
         )
         for name in PROVIDERS
     },
     **{
         name: Implementation(
-            peer=name, narrow=True, is_opaque=True, start_s=20.0, why_not=functools.partial(_peer_why, name)
+            peer=name, narrow=True, is_opaque=True, start_s=20.0, missing=functools.partial(_peer_why, name)
         )
         for name in real_peers.NAMES
     },

@@ -1,23 +1,22 @@
 """A case measured: every implementation judged, then timed in rounds that take turns; one row each."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 
-import torch
-
 from bench.gpu.timing import Times, device_of, timed
 from bench.rows import environment
 from bench.suite.bootstrap import ratio_of
-from bench.suite.cases import Case, stock
+from bench.suite.cases import Case
 from bench.suite.implementations import Implementation
+from bench.suite.ops import Ops, OpTrial
 from bench.suite.peers import PeerTrial
-from bench.suite.trials import Judge, Trial, baseline
+from bench.suite.trials import Decoders, Judge, Trial
 
 OK, REFUSED, MISSING, FAILED, LEFT_OUT = "ok", "refused", "missing", "failed", "left out"
+AnyTrial = Trial | PeerTrial | OpTrial
 YARDSTICKS = ("frozen", "peft")
 _AGAIN = "frozen, again"
 ROUNDS = 15
@@ -60,10 +59,10 @@ def _measured(
     with_work: bool,
 ) -> dict[str, dict]:
     """implementation -> what its row says beside the case; `stack` ends the processes of peers."""
-    model = baseline(case, device)
-    judge = Judge(case, implementations["peft"], model, device)
+    subject = (Ops if case.is_op else Decoders)(case, device)
+    judge = Judge(case, subject)
     rows: dict[str, dict] = {}
-    trials: dict[str, Trial | PeerTrial] = {}
+    trials: dict[str, AnyTrial] = {}
     for name, implementation in implementations.items():
         why_not = implementation.why_not(case, device)
         if why_not is not None:
@@ -71,11 +70,11 @@ def _measured(
         elif name in left_out:
             rows[name] = {"status": LEFT_OUT, "reason": left_out[name]}
         else:
-            trial, rows[name] = _judged(case, implementation, model, judge, stack, device)
+            trial, rows[name] = _judged(implementation, subject, judge, stack)
             if trial is not None:
                 trials[name] = trial
-    del model, judge
-    times = _timed(trials, device, seconds, rounds)
+    del subject, judge
+    times = _timed(trials, device, seconds, rounds, from_cold=case.is_op and device == "cuda")
     again = times.pop(_AGAIN).device_ms
     noise = max(abs(bound - 1) for bound in ratio_of(again, times["frozen"].device_ms).interval)
     for name, found in times.items():
@@ -90,19 +89,15 @@ def _measured(
 
 
 def _judged(
-    case: Case, implementation: Implementation, model: torch.nn.Module, judge: Judge, stack: ExitStack, device: str
-) -> tuple[Trial | PeerTrial | None, dict]:
+    implementation: Implementation, subject: Decoders | Ops, judge: Judge, stack: ExitStack
+) -> tuple[AnyTrial | None, dict]:
     """The trial, if it may take part, and what its row says of that."""
     started = time.monotonic()
     try:
+        trial = subject.trial(implementation, stack)
         if not implementation.trains:  # the yardstick is the stock model itself: nothing to judge
-            trial = Trial(case, implementation, stock(case, device).requires_grad_(False), device)
             trial.run()
             return trial, {"status": OK, "start_s": time.monotonic() - started}
-        if implementation.peer is None:
-            trial = Trial(case, implementation, copy.deepcopy(model), device)
-        else:
-            trial = stack.enter_context(PeerTrial(case, implementation, model, device))
         found = judge.verdict(trial)
     except (RuntimeError, ImportError) as error:  # other projects' code on this machine
         return None, {"status": FAILED, "reason": " ".join(str(error).split())[:300]}
@@ -112,8 +107,13 @@ def _judged(
     return None, {"status": REFUSED, "reason": found["reason"], **row}
 
 
-def _timed(trials: Mapping[str, Trial | PeerTrial], device: str, seconds: float, rounds: int) -> dict[str, Times]:
-    """Rounds that take turns; `frozen` twice, for the machine's own noise."""
+def _timed(
+    trials: Mapping[str, AnyTrial], device: str, seconds: float, rounds: int, *, from_cold: bool
+) -> dict[str, Times]:
+    """Rounds that take turns; `frozen` twice, for the machine's own noise.
+
+    from_cold: every call starts with empty caches and behind queued work, as an op does in a model.
+    """
     functions: dict[str, Callable[[], object]] = {name: trial.run for name, trial in trials.items()}
     functions[_AGAIN] = trials["frozen"].run
     clock = device_of(device)
@@ -122,4 +122,4 @@ def _timed(trials: Mapping[str, Trial | PeerTrial], device: str, seconds: float,
         while clock.now() - started < _WARM_UP_S:
             function()
             clock.synchronize()
-    return timed(functions, clock, rounds=rounds, warmup=1, seconds=seconds, head_start=False)
+    return timed(functions, clock, rounds=rounds, warmup=1, seconds=seconds, head_start=from_cold)

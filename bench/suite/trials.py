@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from bench.gpu.judge import Outputs, verdict
 from bench.gpu.timing import on_provider
 from bench.suite.cases import LAYER, STEP, Case, batch, stock
 from bench.suite.implementations import Implementation
+from bench.suite.ops import Ops, OpTrial
+from bench.suite.peers import PeerTrial
 from mmpeft_fast import profile, saved_bytes
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
@@ -128,24 +130,40 @@ class Trial:
         return {"flops": whole.flops, "bytes": whole.bytes, "launches": whole.launches}
 
 
-def truth_of(case: Case, implementation: Implementation, model: nn.Module, device: str) -> Outputs:
-    """The outcome of HF PEFT's model in float64, from the same values."""
-    return Trial(case, implementation, copy.deepcopy(model).double(), device).outcome()
+class Decoders:
+    """Trials of a step or a layer, all from the same weights."""
+
+    def __init__(self, case: Case, device: str):
+        self._case, self._device = case, device
+        self._model = baseline(case, device)
+
+    def trial(self, implementation: Implementation, stack: contextlib.ExitStack) -> Trial | PeerTrial:
+        """stack: ends the process of a peer."""
+        if implementation.peer is not None:
+            return stack.enter_context(PeerTrial(self._case, implementation, self._model, self._device))
+        if not implementation.trains:
+            model = stock(self._case, self._device).requires_grad_(False)
+        else:
+            model = copy.deepcopy(self._model)
+        return Trial(self._case, implementation, model, self._device)
+
+    def truth(self) -> Outputs:
+        """Of HF PEFT in float64, from the same values."""
+        return Trial(self._case, Implementation(), copy.deepcopy(self._model).double(), self._device).outcome()
+
+    def eager(self, *, narrow: bool) -> Outputs:
+        """Of HF PEFT, its adapters in the model's dtype or as it makes them."""
+        return Trial(self._case, Implementation(narrow=narrow), copy.deepcopy(self._model), self._device).outcome()
 
 
 class Judge:
     """Holds outcomes to the truth, each as far off as HF PEFT with adapters of the same dtype may be."""
 
-    def __init__(self, case: Case, peft: Implementation, model: nn.Module, device: str):
-        self.truth, self._dtype = truth_of(case, peft, model, device), DTYPES[case.dtype]
-        self._eager: dict[bool, Outputs] = {}
-        self._made: Callable[[bool], Outputs] = lambda narrow: Trial(
-            case, replace(peft, narrow=narrow), copy.deepcopy(model), device
-        ).outcome()
+    def __init__(self, case: Case, subject: Decoders | Ops):
+        self._subject, self._dtype = subject, DTYPES[case.dtype]
+        self._truth = subject.truth()
+        self._eager = functools.cache(lambda narrow: subject.eager(narrow=narrow))
 
-    def verdict(self, trial: Trial) -> dict[str, object]:
+    def verdict(self, trial: Trial | PeerTrial | OpTrial) -> dict[str, object]:
         """As `judge.verdict` has it."""
-        narrow = trial.implementation.narrow
-        if narrow not in self._eager:
-            self._eager[narrow] = self._made(narrow)
-        return verdict(trial.outcome(), self._eager[narrow], self.truth, self._dtype)
+        return verdict(trial.outcome(), self._eager(trial.implementation.narrow), self._truth, self._dtype)

@@ -1,6 +1,6 @@
 """The suite ranks what is slow as slow, refuses what is wrong, and says what is missing or left out."""
 
-import copy
+import contextlib
 import functools
 import json
 import time
@@ -10,6 +10,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from bench.registry import OPS
 from bench.suite import measure as measure_module
 from bench.suite import run as runs
 from bench.suite.cases import (
@@ -27,7 +28,8 @@ from bench.suite.cases import (
 from bench.suite.growth import exponent, growth_lines
 from bench.suite.implementations import IMPLEMENTATIONS, Implementation, named
 from bench.suite.measure import measure
-from bench.suite.trials import Judge, Trial, baseline
+from bench.suite.ops import Ops
+from bench.suite.trials import Decoders, Judge
 from mmpeft_fast import METHODS, cli
 
 TINY = Case(
@@ -84,13 +86,33 @@ def test_slow_is_ranked_slow_and_wrong_is_refused():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_method_passes_its_judge(what, method, dtype):
     case = replace(TINY, what=what, method=method, rank=0 if method == "ia3" else 4, dtype=dtype)
-    model = baseline(case, "cpu")
-    judge = Judge(case, IMPLEMENTATIONS["peft"], model, "cpu")
-    for name in ("peft", "peft_bf16", "fused", "fused_torch", "composite", "manual"):
+    assert_judged(case, ("peft", "peft_bf16", "fused", "fused_torch", "composite", "manual"))
+
+
+def assert_judged(case, names):
+    subject = (Ops if case.is_op else Decoders)(case, "cpu")
+    judge = Judge(case, subject)
+    for name in names:
         implementation = IMPLEMENTATIONS[name]
         if implementation.why_not(case, "cpu") is None:
-            found = judge.verdict(Trial(case, implementation, copy.deepcopy(model), "cpu"))
+            with contextlib.ExitStack() as stack:
+                found = judge.verdict(subject.trial(implementation, stack))
             assert found["ok"], (name, found)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_op_passes_its_judge(op, dtype):
+    method = "prefix" if op == "prefix_attention" else "lora"
+    assert_judged(replace(TINY, what=op, method=method, dtype=dtype), ("peft", "fused", "fused_torch"))
+
+
+def test_ops_are_cases_too():
+    cases = suite_cases("cpu", ["op"], ["internvl3-1b"], sorted(METHODS), ["fp32"])
+    assert {case.what for case in cases} == set(OPS) and all(case.is_op for case in cases)
+    rows = measured(replace(TINY, what="swiglu_ia3_down", method="ia3", dropout=0.1), "fused", "compile", "composite")
+    assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "missing", "missing"]
+    assert rows["compile"]["reason"] == "has no single ops" and rows["fused"]["peak_mib"] > 0
 
 
 def test_dropout_is_kept_in_the_times_and_off_before_the_judge():
@@ -118,7 +140,7 @@ def apply_liger_kernel_to_qwen2(**options): pass
 """
 
 
-@pytest.mark.parametrize("factor, status", [(1, "ok"), (1.1, "refused"), (None, "failed")])
+@pytest.mark.parametrize("factor, status", [(1, "ok"), (None, "failed")])
 def test_a_peer_takes_its_turns_in_a_process_of_its_own(tmp_path, monkeypatch, factor, status):
     (tmp_path / "liger_kernel").mkdir()
     (tmp_path / "liger_kernel" / "__init__.py").write_text("")
@@ -130,7 +152,7 @@ def test_a_peer_takes_its_turns_in_a_process_of_its_own(tmp_path, monkeypatch, f
     if status == "ok":
         assert len(row["rounds_ms"]) == 5 and row["saved_mib"] > 0 and row["error"] < 1e-5
     else:
-        assert "no driver" in row["reason"] or "allowed" in row["reason"]
+        assert "no driver" in row["reason"]
     assert type(stock(TINY, "cpu").model.norm).__name__ == "Qwen2RMSNorm"  # nothing has changed here
 
 
@@ -158,7 +180,7 @@ def test_dimensions_are_those_of_the_published_models():
 
 
 def test_the_first_cases_show_the_most():
-    cases = suite_cases("cpu", MODELS, ["lora", "ia3", "prefix"], ["bf16", "fp32"])
+    cases = suite_cases("cpu", ["step", "layer"], MODELS, ["lora", "ia3", "prefix"], ["bf16", "fp32"])
     assert len(set(cases)) == len(cases)
     everything = {one for case in cases for one in features(case) if isinstance(one[0], str)}
     first = cases[: len(MODELS) + 1]  # no setting has more values than there are models
@@ -180,7 +202,7 @@ class Clock:
 
 
 def test_a_budget_leaves_out_what_is_too_long_or_too_large_and_says_so(monkeypatch):
-    cases = suite_cases("cpu", ["internvl3-1b", "llava-1.5-7b"], ["lora"], ["fp32"])
+    cases = suite_cases("cpu", ["step", "layer"], ["internvl3-1b", "llava-1.5-7b"], ["lora"], ["fp32"])
     emitted = []
     monkeypatch.setattr(runs, "measure", lambda case, *args, **kwargs: [{"case": case.name(), "p50_ms": 1.0}])
     runs.run_cases(cases, named(["fused"]), runs.Budget(60.0, Clock()), "cpu", emitted.extend)
@@ -266,6 +288,7 @@ def test_growth_goes_along_one_axis(axis, field):
         (["run", "--seconds", "nan"], "--seconds: expected at least 1, got nan"),
         (["run", "--device", "tpu"], "--device: expected auto, cpu or"),
         (["run", "--dtype", "int8"], "--dtype: expected some of bf16, fp16, fp32, got int8"),
+        (["run", "--what", "epoch"], "--what: expected some of step, layer, op, got epoch"),
         (["run", "--models", "gpt"], "--models: expected some of llava-1.5-7b"),
         (["run", "--methods", "dora"], "--methods: expected some of"),
         (["run", "--implementations", "magic"], "--implementations: expected some of frozen"),
