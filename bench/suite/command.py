@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 EPILOG = """\
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0; of `compare` 1 where something got worse. Raises ValueError for bad input."""
+    # What transformers and HF PEFT say to their own developers, with every model.
+    warnings.filterwarnings("ignore", module="transformers|peft")
     return {"run": _run, "compare": _compare, "report": _report}[args.action](args)
 
 

@@ -1,4 +1,4 @@
-"""Single ops of the registry as cases of the suite; `peft` is an op's definition in plain torch, as stock stacks have it."""
+"""Single ops of the registry as cases; `peft` is an op's definition in plain torch, as stock stacks have it."""
 
 import contextlib
 from dataclasses import replace

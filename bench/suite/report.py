@@ -52,9 +52,10 @@ _NOTES = (
 
 
 class _Rows:
-    """Rows by what they are about."""
+    """Rows of one device by what they are about. where: behind a title, where there are several devices."""
 
-    def __init__(self, rows: Sequence[Mapping]):
+    def __init__(self, rows: Sequence[Mapping], where: str = ""):
+        self.where = where
         measured = [row for row in rows if row["mode"] == "fwd_bwd"]
         self.growth = [row for row in measured if "growth" in row]
         self.sweep = [row for row in measured if "sweep" in row]
@@ -68,12 +69,25 @@ class _Rows:
         """The newest rows of the suite's cases that have a time."""
         return [row for named in self.cases.values() for row in named.values() if "p50_ms" in row]
 
-    def sweeps(self) -> list[tuple[str, list[dict]]]:
-        """(what, rows) of each seed and dtype."""
-        found: dict[str, list[dict]] = {}
-        for row in self.sweep:
-            found.setdefault(f"seed {row['sweep']}, {row['dtype']}", []).append(row)
-        return list(found.items())
+    def sweeps(self) -> dict[str, list[dict]]:
+        """Rows of each seed and dtype."""
+        return _grouped(self.sweep, lambda row: f"seed {row['sweep']}, {row['dtype']}")
+
+    def growths(self) -> dict[str, list[dict]]:
+        """Rows of each model, method and dtype."""
+        return _grouped(self.growth, lambda row: f"{row['model']} {row['method']} {row['dtype']}")
+
+
+def _grouped(rows: Sequence[Mapping], key: Callable[[Mapping], str]) -> dict[str, list[Mapping]]:
+    found: dict[str, list[Mapping]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _of_devices(rows: Sequence[Mapping]) -> list[_Rows]:
+    devices = _grouped(rows, lambda row: row["device"])
+    return [_Rows(of_one, f", {device}" if len(devices) > 1 else "") for device, of_one in devices.items()]
 
 
 def _where(row: Mapping) -> str:
@@ -133,39 +147,43 @@ def _absent(found: _Rows) -> list[str]:
 
 def markdown(rows: Sequence[Mapping]) -> str:
     """The report as Markdown."""
-    found = _Rows(rows)
-    lines = ["# Benchmarks", "", *(f"- {place}" for place in _places(found)), ""]
-    for case, named in found.cases.items():
-        lines += [f"## {case}", "", f"Noise {_noise(named)}.", ""]
-        lines += [f"| {' | '.join(_COLUMNS)} |", f"| --- |{' ---: |' * (len(_COLUMNS) - 1)}"]
-        for row in named.values():
-            cells = _cells(row)
-            lines.append(f"| {' | '.join((*cells, *[''] * (len(_COLUMNS) - len(cells))))} |")
-        lines.append("")
-    for title, items in _lists(found):
-        lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
+    devices = _of_devices(rows)
+    lines = ["# Benchmarks", "", *(f"- {place}" for found in devices for place in _places(found)), ""]
+    for found in devices:
+        for case, named in found.cases.items():
+            lines += [f"## {case}{found.where}", "", f"Noise {_noise(named)}.", ""]
+            lines += [f"| {' | '.join(_COLUMNS)} |", f"| --- |{' ---: |' * (len(_COLUMNS) - 1)}"]
+            for row in named.values():
+                cells = _cells(row)
+                lines.append(f"| {' | '.join((*cells, *[''] * (len(_COLUMNS) - len(cells))))} |")
+            lines.append("")
+        for title, items in _lists(found):
+            lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
     return "\n".join(lines)
 
 
 def _lists(found: _Rows) -> list[tuple[str, list[str]]]:
     """(title, sentences) of what is no table."""
     lists = []
-    growth = [line for axis in AXES for line in growth_lines(found.growth, axis)]
-    lists.append(("Growth", growth))
-    for what, rows in found.sweeps():
+    for what, rows in found.growths().items():
+        lists.append((f"Growth of {what}", [line for axis in AXES for line in growth_lines(rows, axis)]))
+    for what, rows in found.sweeps().items():
         count = len({row["shape"] for row in rows})
         worse = faults(rows) or ["nowhere is fused slower than HF PEFT beyond the noise, and nowhere does it keep more"]
         lists.append((f"Random shapes: {what}, {count} of them", worse))
     lists.append(("Did not take part", _absent(found)))
     lists.append(("Left out", [left_out_text(row) for row in found.left_out]))
-    return [(title, items) for title, items in lists if items]
+    return [(f"{title}{found.where}", items) for title, items in lists if items]
 
 
 def html_page(rows: Sequence[Mapping]) -> str:
     """The report as a page without scripts or anything from outside."""
-    found = _Rows(rows)
-    sections = [_head(found), _growth(found), _sizes(found), _roofline(found), _memory(found), _sweep(found)]
-    sections += [_table(found), *(_list(title, items) for title, items in _lists(found)), notes(_NOTES)]
+    devices = _of_devices(rows)
+    sections = [_head(devices)]
+    for found in devices:
+        sections += [*_growth(found), _sizes(found), _roofline(found), _memory(found), _sweep(found), _table(found)]
+        sections += [_list(title, items) for title, items in _lists(found)]
+    sections.append(notes(_NOTES))
     style = (
         f"{fills(_COLOURS | {_ROOF: 'var(--soft)'})}svg polyline {{ fill: none; stroke-width: 2; }}\n"
         "svg text.title { font-weight: 600; }\nul { padding-left: 20px; margin: 8px 0; }\n"
@@ -174,15 +192,22 @@ def html_page(rows: Sequence[Mapping]) -> str:
     return page("mmpeft-fast: benchmarks", style, [section for section in sections if section])
 
 
-def _head(found: _Rows) -> str:
-    tiles = "".join(f"<div><b>{value}</b><span>{escape(text)}</span></div>" for value, text in _medians(found))
-    facts = "".join(f"<dt>Measured on</dt><dd>{escape(place)}</dd>" for place in _places(found))
-    counts = f"{len(found.cases)} cases" + (", growth along an axis" if found.growth else "")
-    counts += f", {len({(row['sweep'], row['shape']) for row in found.sweep})} random shapes" if found.sweep else ""
-    small = f"<p class=small>Medians over {len(found.cases)} cases.</p>" if tiles else ""
+def _head(devices: Sequence[_Rows]) -> str:
+    tiles, facts, counts = "", "", []
+    for found in devices:
+        medians = _medians(found)
+        items = "".join(f"<div><b>{value}</b><span>{escape(text)}</span></div>" for value, text in medians)
+        if medians:
+            small = f"Medians over {len(found.cases)} cases{found.where}."
+            tiles += f"<div class=figures>{items}</div>\n<p class=small>{escape(small)}</p>\n"
+        facts += "".join(f"<dt>Measured on</dt><dd>{escape(place)}</dd>" for place in _places(found))
+        counts += [f"{len(found.cases)} cases"] if found.cases else []
+        counts += [f"growth of {what}" for what in found.growths()]
+        shapes = {(row["sweep"], row["dtype"], row["shape"]) for row in found.sweep}
+        counts += [f"{len(shapes)} random shapes"] if shapes else []
     return (
-        f"<header>\n<h1>Benchmarks</h1>\n<p class=lead>Training passes, implementations in turn: {counts}.</p>\n"
-        f"<div class=figures>{tiles}</div>\n{small}\n<dl class=facts>{facts}</dl>\n</header>"
+        f"<header>\n<h1>Benchmarks</h1>\n<p class=lead>Training passes, implementations in turn: "
+        f"{escape(', '.join(counts))}.</p>\n{tiles}<dl class=facts>{facts}</dl>\n</header>"
     )
 
 
@@ -201,18 +226,22 @@ def _section(title: str, names: Sequence[str], figures: Sequence[str], text: str
     return f"<section>\n<h2>{escape(title)}</h2>\n{small}{legend(names)}\n{charts}\n</section>"
 
 
-def _growth(found: _Rows) -> str:
-    figures, names = [], {}
-    for axis in AXES:
-        for label, value in (("ms", "p50_ms"), ("kept MiB", "saved_mib")):
-            lines = series(found.growth, axis, value)
-            lines = {name: [(x, y) for x, y in points if y > 0] for name, points in lines.items()}
-            lines = {name: points for name, points in lines.items() if points}
-            if lines:
-                figures.append(_figure(lines, axis, label))
-                names |= dict.fromkeys(lines)
-    base = next((row["case"] for row in found.growth), "")
-    return _section("Growth", list(names), figures, f"Along one axis at a time, from {base} on.")
+def _growth(found: _Rows) -> list[str]:
+    sections = []
+    for what, rows in found.growths().items():
+        figures, names = [], {}
+        for axis in AXES:
+            for label, value in (("ms", "p50_ms"), ("kept MiB", "saved_mib")):
+                lines = {
+                    name: positive
+                    for name, points in series(rows, axis, value).items()
+                    if (positive := [(x, y) for x, y in points if y > 0])
+                }
+                if lines:
+                    figures.append(_figure(lines, axis, label))
+                    names |= dict.fromkeys(lines)
+        sections.append(_section(f"Growth of {what}{found.where}", list(names), figures, "Along one axis at a time."))
+    return sections
 
 
 def _by_implementation(rows: Sequence[Mapping], point: Callable[[Mapping], tuple[float, float]]) -> dict[str, list]:
@@ -231,7 +260,7 @@ def _sizes(found: _Rows) -> str:
         lines = _by_implementation(rows, lambda row: (flops[row["case"]] / 1e9, row["p50_ms"]))
         figures.append(_figure(lines, "GFLOP of the frozen model's pass", f"ms, {dtype}", unjoined=tuple(lines)))
         names |= dict.fromkeys(lines)
-    return _section("Time over size", list(names), figures, "A point for each case.")
+    return _section(f"Time over size{found.where}", list(names), figures, "A point for each case.")
 
 
 def _roofline(found: _Rows) -> str:
@@ -248,7 +277,9 @@ def _roofline(found: _Rows) -> str:
         roof = {_ROOF: [(x, min(rate, bandwidth * x)) for x in corners]}
         figures.append(_figure(roof | lines, "FLOPs a byte moved", f"GFLOP/s, {dtype}", unjoined=tuple(lines)))
         names |= dict.fromkeys((_ROOF, *lines))
-    return _section("Roofline", list(names), figures, "Every operand of an op counts once, whatever caches hold.")
+    return _section(
+        f"Roofline{found.where}", list(names), figures, "Every operand of an op counts once, whatever caches hold."
+    )
 
 
 def _memory(found: _Rows) -> str:
@@ -259,12 +290,12 @@ def _memory(found: _Rows) -> str:
             chart = stacked_bars(f"{case}: kept bytes", bars, "MiB")
             figures.append(f"<figure><figcaption>{escape(case)}</figcaption>{chart}</figure>")
             names |= dict.fromkeys(bars)
-    return _section("Kept for the backward pass", list(names), figures)
+    return _section(f"Kept for the backward pass{found.where}", list(names), figures)
 
 
 def _sweep(found: _Rows) -> str:
     figures = []
-    for what, rows in found.sweeps():
+    for what, rows in found.sweeps().items():
         for label, value in (("time, fused over peft", "p50_ms"), ("kept bytes, fused over peft", "saved_mib")):
             named: dict[int, dict[str, Mapping]] = {}
             for row in rows:
@@ -278,7 +309,12 @@ def _sweep(found: _Rows) -> str:
                 equal = [(x, 1.0) for x in (min(points)[0], max(points)[0])]
                 lines = {_ROOF: equal, "fused": sorted(points)}
                 figures.append(_figure(lines, f"tokens; {what}", label, unjoined=("fused",)))
-    return _section("Random shapes", ["fused"], figures, "A point for each shape; below the line at 1 fused is better.")
+    return _section(
+        f"Random shapes{found.where}",
+        ["fused"],
+        figures,
+        "A point for each shape; below the line at 1 fused is better.",
+    )
 
 
 def _table(found: _Rows) -> str:
@@ -290,7 +326,7 @@ def _table(found: _Rows) -> str:
             f"<details><summary>{escape(case)} <span class=small>noise {_noise(named)}</span></summary>"
             f"{table_html(_COLUMNS, timed)}<p class=small>{escape(others)}</p></details>"
         )
-    return f"<section>\n<h2>Every case</h2>\n{''.join(tables)}\n</section>" if tables else ""
+    return f"<section>\n<h2>Every case{escape(found.where)}</h2>\n{''.join(tables)}\n</section>" if tables else ""
 
 
 def _list(title: str, items: Sequence[str]) -> str:

@@ -137,7 +137,8 @@ def line_chart(
         shapes.append(f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in x_ticks:
         place, _ = at(x, y_ticks[-1])
-        shapes.append(f'<text x="{place:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
+        anchor = "end" if place > WIDTH - 2 * _RIGHT and x >= 1000 else "middle"
+        shapes.append(f'<text x="{place:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="{anchor}">{x:g}</text>')
     shapes.append(
         f'<text x="{_LEFT + inner_width / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>'
     )

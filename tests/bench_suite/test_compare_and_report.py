@@ -30,7 +30,8 @@ def rows(seed, *, factors=None, kept=None, machine=1.0, cases=("a", "b"), **fiel
                     "rounds_ms": times, "p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "noise": 0.02,
                     "saved_mib": 10.0 * (kept or {}).get(name, 1.0), "peak_mib": 20.0, "x_frozen": p50 / 10,
                     "x_peft": p50 / 16, "flops": 10**9, "bytes": 10**8, "error": 1e-6, "eager_error": 1e-6,
-                    "dtype": "fp32", "device": "a machine", "threads": 2, "commit": "abc", "dirty": False, **fields,
+                    "dtype": "fp32", "model": "m", "method": "lora", "device": "a machine", "threads": 2,
+                    "commit": "abc", "dirty": False, **fields,
                 }
             )  # fmt: skip
     return found
@@ -129,7 +130,16 @@ def everything():
     found.append(
         {"op": "suite", "mode": "machine", "flops_per_s": {"fp32": 1e11}, "bytes_per_s": 1e10, "device": "a machine"}
     )
-    found.append({"op": "suite", "mode": "left out", "cases": 9, "left_out": {"time": 3}, "unseen": ["method ia3"]})
+    found.append(
+        {
+            "op": "suite",
+            "mode": "left out",
+            "cases": 9,
+            "left_out": {"time": 3},
+            "unseen": ["method ia3"],
+            "device": "a machine",
+        }
+    )
     return found
 
 
@@ -149,6 +159,13 @@ def test_the_report_shows_what_the_rows_have(tmp_path, capsys):
     assert f"| fused | {fused['p50_ms']:.3g} |" in text
     ratio = re.search(r"<b>([\d.]+)×</b><span>time, fused over peft", page)
     assert float(ratio[1]) == pytest.approx(11 / 16, abs=0.05)
+
+
+def test_devices_are_not_mixed():
+    text = markdown(rows(0) + rows(1, device="another"))
+    assert text.count("| fused |") == 4 and "## a, a machine" in text and "## b, another" in text
+    page = html_page(rows(0) + rows(1, device="another"))
+    assert "Medians over 2 cases, another." in page and page.count("<h2>Every case") == 2
 
 
 def test_a_report_of_little_is_a_report(tmp_path):
