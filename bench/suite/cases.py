@@ -40,6 +40,7 @@ _OP_METHOD = {
 KINDS = ("step", "layer", "op")
 # A head over all of Qwen's words would hide the decoder of few layers.
 _MOST_VOCAB = 32064
+_SMALL_VOCAB = 32  # of a layer's model, whose head does not run
 _HEAD_DIMS = (32, 64, 80, 128)
 
 
@@ -146,7 +147,9 @@ def suite_cases(
         ranks = (0,) if what in ("norm", "loss") else _RANKS.get(method, (0,))
         for rank, (batch_size, seq_len) in itertools.product(ranks, lengths):
             sizes = {"rank": rank, "batch_size": batch_size, "seq_len": seq_len}
-            found.append(Case(**common, **sizes, **dimensions(model)))
+            if what == LAYER:
+                sizes["vocab"] = _SMALL_VOCAB
+            found.append(Case(**common, **dimensions(model) | sizes))
     return list(ordered(found))
 
 

@@ -45,7 +45,7 @@ def measure(
         rows = _measured(case, implementations, stack, device, seconds, left_out, rounds, with_work)
     for name, row in rows.items():
         common = {"op": "suite", "mode": "fwd_bwd", **asdict(case), "case": case.name(), "implementation": name}
-        yield {**common, **row, **environment()}
+        yield {**common, **row, **environment(device)}
 
 
 def _measured(

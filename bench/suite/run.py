@@ -40,7 +40,7 @@ class Machine:
 
     def row(self) -> dict:
         rates = {"flops_per_s": self.flops_per_s, "bytes_per_s": self.bytes_per_s}
-        return {"op": "suite", "mode": "machine", **rates, **environment()}
+        return {"op": "suite", "mode": "machine", **rates, **environment(self.device)}
 
     def free_bytes(self) -> int:
         if self.device == "cuda":
@@ -90,9 +90,15 @@ class Budget:
         expected, left = self.expected(case, num_implementations), max(self.left, 0.0)
         if expected > left:
             return "time"
-        # Every implementation has a copy of the weights; one more is in float64, its gradients and HF PEFT's beside it.
-        needed = case.parameters * (DTYPES[case.dtype].itemsize * (num_implementations + 2) + 8)
-        return "memory" if needed > 0.8 * self.machine.free_bytes() else None
+        return "memory" if self._bytes(case, num_implementations) > 0.8 * self.machine.free_bytes() else None
+
+    def _bytes(self, case: Case, num_implementations: int) -> int:
+        """About: a copy of the weights for every implementation, two more and one in float64 for the judge; the
+        activations of one pass in float64, the most that a stock stack keeps."""
+        width = DTYPES[case.dtype].itemsize
+        weights = case.parameters + 2 * case.hidden * case.vocab
+        activations = case.tokens * (case.layers * (17 * case.hidden + 6 * case.intermediate) + 3 * case.vocab)
+        return weights * (width * (num_implementations + 2) + 8) + 8 * activations
 
     def slow_to_start(self, implementations: Mapping[str, Implementation]) -> dict[str, str]:
         """Implementations that would take more than a quarter of what is left before they run."""
@@ -130,7 +136,7 @@ def run_cases(
         seen |= features(case)
         emit([{**tags, **row} for row in rows])
     if left_out:
-        emit([{"op": "suite", "mode": LEFT_OUT, **tags, **_left_out(cases, left_out, seen), **environment()}])
+        emit([{"op": "suite", "mode": LEFT_OUT, **tags, **_left_out(cases, left_out, seen), **environment(device)}])
 
 
 def _left_out(cases: Sequence[Case], left_out: Sequence[tuple[Case, str]], seen: set[tuple]) -> dict:

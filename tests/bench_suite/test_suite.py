@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import MappingProxyType
@@ -30,7 +33,7 @@ from bench.suite.implementations import IMPLEMENTATIONS, Implementation, named
 from bench.suite.measure import measure
 from bench.suite.ops import Ops
 from bench.suite.trials import Decoders, Judge
-from mmpeft_fast import METHODS, cli
+from mmpeft_fast import METHODS, benchmarks, cli
 
 TINY = Case(
     model="tiny", hidden=64, intermediate=96, heads=4, kv_heads=2, has_bias=True, vocab=50, layers=2, rank=4,
@@ -308,3 +311,20 @@ def test_bad_input_is_one_sentence(words, said, capsys, monkeypatch, tmp_path):
     out, error = capsys.readouterr()
     assert not out and error.startswith(f"error: {said}") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_checkout_the_door_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "bench")
+    monkeypatch.setattr(benchmarks, "__file__", str(tmp_path / "mmpeft_fast" / "benchmarks.py"))
+    assert cli.main(["bench", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: bench: expected a checkout of the repository") and error.count("\n") == 1
+
+
+def test_the_door_finds_the_checkout_from_anywhere(tmp_path):
+    code = "import sys; from mmpeft_fast import cli; sys.exit(cli.main(['bench', 'run', '--seconds', '0']))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: --seconds: expected at least 1, got 0")
