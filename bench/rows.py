@@ -50,7 +50,7 @@ def _git(*arguments: str) -> str:
 
 
 def environment(device: str | None = None) -> dict[str, object]:
-    """Device, versions and commit, the same for every row of a run. device: cpu or cuda; None: a GPU if there is one."""
+    """Device, versions and commit, the same for every row of a run. device: cpu or cuda; None: a GPU before a CPU."""
     cuda = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "device": device_name("cuda" if cuda else "cpu"),
