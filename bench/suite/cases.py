@@ -154,10 +154,10 @@ def suite_cases(
 
 
 def _features(case: Case) -> dict[str, object]:
-    return {
-        "what": case.what, "model": case.model, "method": case.method, "rank": (case.method, case.rank),
-        "tokens": case.tokens, "dtype": case.dtype,
+    found = {
+        "what": case.what, "model": case.model, "method": case.method, "tokens": case.tokens, "dtype": case.dtype
     }  # fmt: skip
+    return found | ({"rank": (case.method, case.rank)} if case.rank else {})
 
 
 def features(case: Case) -> set[tuple]:

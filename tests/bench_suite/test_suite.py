@@ -68,6 +68,18 @@ def no_warm_up(monkeypatch):
     monkeypatch.setattr(measure_module, "_WARM_UP_S", 0.0)
 
 
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """A machine whose rates need no measuring."""
+
+    class Known(runs.Machine):
+        def __init__(self, device, dtypes):
+            self.device, self.bytes_per_s = device, 1e10
+            self.flops_per_s = dict.fromkeys(dtypes, 1e10)
+
+    monkeypatch.setattr(runs, "Machine", Known)
+
+
 def test_slow_is_ranked_slow_and_wrong_is_refused():
     rows = measured(
         TINY, "fused", "composite", "manual",
@@ -231,7 +243,7 @@ def test_random_shapes_cover_what_they_should_and_repeat():
     assert any(case.kv_heads < case.heads for case in found) and any(case.tokens < 4 for case in found)
 
 
-def test_a_sweep_goes_on_where_it_stopped(tmp_path):
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, quick_machine):
     path = tmp_path / "rows" / "sweep.jsonl"
     said = []
     emit = runs.saved_to(path, said.append)
@@ -311,6 +323,29 @@ def test_bad_input_is_one_sentence(words, said, capsys, monkeypatch, tmp_path):
     out, error = capsys.readouterr()
     assert not out and error.startswith(f"error: {said}") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_runs_growth_and_sweep_to_the_end(tmp_path, capsys, quick_machine, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    assert cli.main(["bench", "run", "--seconds", "1", "--models", "llava-1.5-7b", "--out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "bf16 10 GFLOP/s" in out and "for want of time" in out and "not seen at all" in out
+    assert [json.loads(line)["mode"] for line in path.read_text().splitlines()] == ["machine", "left out"]
+
+    tiny = {"hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "has_bias": True, "vocab": 50}
+    monkeypatch.setattr("bench.suite.cases.dimensions", lambda model: tiny)
+    assert (
+        cli.main(["bench", "run", "--growth", "layers", "--seconds", "8", "--dtype", "fp32", "--out", str(path)]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "layers: fused      time grows as layers^" in out and "(1 to 8)" in out
+    words = ["bench", "run", "--sweep", "2", "--seconds", "8", "--dtype", "fp32", "--out", str(path)]
+    assert cli.main(words) == cli.main(words) == 0
+    assert capsys.readouterr().out.count("2 of 2 shapes measured") == 2
+    assert cli.main(["bench", "run", "--list", "--what", "op", "--models", "internvl3-1b", "--methods", "ia3"]) == 0
+    assert all("swiglu_ia3_down" in line for line in capsys.readouterr().out.splitlines())
+    assert cli.main(["bench", "report", str(path), "--output", str(tmp_path)]) == 0
+    assert "<h2>Growth of" in (tmp_path / "suite.html").read_text()
 
 
 def test_without_a_checkout_the_door_says_so(tmp_path, monkeypatch, capsys):
