@@ -334,12 +334,13 @@ def test_the_command_runs_growth_and_sweep_to_the_end(tmp_path, capsys, quick_ma
 
     tiny = {"hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "has_bias": True, "vocab": 50}
     monkeypatch.setattr("bench.suite.cases.dimensions", lambda model: tiny)
+    monkeypatch.setattr("bench.suite.trials.Trial.work", lambda trial: {"flops": 1, "bytes": 1})
     assert (
-        cli.main(["bench", "run", "--growth", "layers", "--seconds", "8", "--dtype", "fp32", "--out", str(path)]) == 0
+        cli.main(["bench", "run", "--growth", "layers", "--seconds", "100", "--dtype", "fp32", "--out", str(path)]) == 0
     )
     out = capsys.readouterr().out
     assert "layers: fused      time grows as layers^" in out and "(1 to 8)" in out
-    words = ["bench", "run", "--sweep", "2", "--seconds", "8", "--dtype", "fp32", "--out", str(path)]
+    words = ["bench", "run", "--sweep", "2", "--seconds", "100", "--dtype", "fp32", "--out", str(path)]
     assert cli.main(words) == cli.main(words) == 0
     assert capsys.readouterr().out.count("2 of 2 shapes measured") == 2
     assert cli.main(["bench", "run", "--list", "--what", "op", "--models", "internvl3-1b", "--methods", "ia3"]) == 0
