@@ -72,7 +72,12 @@ def run(args: argparse.Namespace) -> int:
     """Exit status: 0; of `compare` 1 where something got worse. Raises ValueError for bad input."""
     # What transformers and HF PEFT say to their own developers, with every model.
     warnings.filterwarnings("ignore", module="transformers|peft")
-    return {"run": _run, "compare": _compare, "report": _report}[args.action](args)
+    try:
+        return {"run": _run, "compare": _compare, "report": _report}[args.action](args)
+    except KeyboardInterrupt as interrupt:
+        if getattr(args, "out", None) is None:
+            raise
+        raise KeyboardInterrupt(f"the rows of whole cases are in {args.out}") from interrupt
 
 
 def _some_of(option: str, given: list[str] | None, known: list[str]) -> list[str]:

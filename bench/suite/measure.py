@@ -20,6 +20,7 @@ AnyTrial = Trial | PeerTrial | OpTrial
 YARDSTICKS = ("frozen", "peft")
 _AGAIN = "frozen, again"
 ROUNDS = 15
+_MOST_LETTERS = 300  # of a reason
 _WARM_UP_S = 0.2  # of each implementation
 
 
@@ -59,8 +60,11 @@ def _measured(
     with_work: bool,
 ) -> dict[str, dict]:
     """implementation -> what its row says beside the case; `stack` ends the processes of peers."""
-    subject = (Ops if case.is_op else Decoders)(case, device)
-    judge = Judge(case, subject)
+    try:
+        subject = (Ops if case.is_op else Decoders)(case, device)
+        judge = Judge(case, subject)
+    except RuntimeError as error:  # no memory, as a rule
+        return dict.fromkeys(implementations, {"status": FAILED, "reason": f"HF PEFT's truth: {_sentence(error)}"})
     rows: dict[str, dict] = {}
     trials: dict[str, AnyTrial] = {}
     for name, implementation in implementations.items():
@@ -74,6 +78,8 @@ def _measured(
             if trial is not None:
                 trials[name] = trial
     del subject, judge
+    if "frozen" not in trials:
+        return rows  # nothing to measure the others by
     times = _timed(trials, device, seconds, rounds, from_cold=case.is_op and device == "cuda")
     again = times.pop(_AGAIN).device_ms
     noise = max(abs(bound - 1) for bound in ratio_of(again, times["frozen"].device_ms).interval)
@@ -81,11 +87,22 @@ def _measured(
         row = rows[name]
         row |= {**found.row(), "rounds_ms": found.device_ms, "noise": noise, **trials[name].memory()}
         if with_work and not implementations[name].is_opaque:
-            row |= trials[name].work()
+            row |= _work(trials[name])
         for other in YARDSTICKS:
             if other in times:
                 row[f"x_{other}"] = row["p50_ms"] / statistics.median(times[other].device_ms)
     return rows
+
+
+def _work(trial: Trial | OpTrial) -> dict[str, object]:
+    try:
+        return trial.work()
+    except RuntimeError as error:  # torch's profiler records nothing where CUPTI is missing
+        return {"work_unknown": _sentence(error)}
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MOST_LETTERS]
 
 
 def _judged(
@@ -100,7 +117,7 @@ def _judged(
             return trial, {"status": OK, "start_s": time.monotonic() - started}
         found = judge.verdict(trial)
     except (RuntimeError, ImportError) as error:  # other projects' code on this machine
-        return None, {"status": FAILED, "reason": " ".join(str(error).split())[:300]}
+        return None, {"status": FAILED, "reason": _sentence(error)}
     row = {"start_s": time.monotonic() - started, **{name: found[name] for name in ("error", "eager_error", "output")}}
     if found["ok"]:
         return trial, {"status": OK, **row}

@@ -32,7 +32,7 @@ from bench.suite.growth import exponent, growth_lines
 from bench.suite.implementations import IMPLEMENTATIONS, Implementation, named
 from bench.suite.measure import measure
 from bench.suite.ops import Ops
-from bench.suite.trials import Decoders, Judge
+from bench.suite.trials import Decoders, Judge, Trial
 from mmpeft_fast import METHODS, benchmarks, cli
 
 TINY = Case(
@@ -134,6 +134,18 @@ def test_dropout_is_kept_in_the_times_and_off_before_the_judge():
     rows = measured(replace(TINY, dropout=0.3), "fused", "composite", "manual")
     assert [rows[name]["status"] for name in ("peft", "fused", "composite", "manual")] == ["ok", "ok", "ok", "missing"]
     assert rows["manual"]["reason"] == "has no dropout"
+
+
+def test_without_a_truth_or_a_yardstick_nothing_is_timed(monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trial, "run", no_memory)
+    assert {row["status"] for row in measured(TINY, "fused").values()} == {"failed"}
+    monkeypatch.undo()
+    broken = replace(IMPLEMENTATIONS["frozen"], prepare=no_memory)
+    rows = measured(TINY, frozen=broken)
+    assert (rows["frozen"]["status"], rows["peft"]["status"]) == ("failed", "ok") and "p50_ms" not in rows["peft"]
 
 
 def test_what_breaks_is_a_row():
