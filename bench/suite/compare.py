@@ -12,6 +12,9 @@ _YARDSTICK = "frozen"
 # Bytes are counted, not measured; the least that is worth a word, relative.
 _BYTES_TOLERANCE = 0.001
 _MEASURED = ("fwd_bwd",)
+# What every measured row has, and one with a time besides.
+_FIELDS = {"case", "implementation", "status", "device", "dtype"}
+_TIMED_FIELDS = {"rounds_ms", "p50_ms", "p20_ms", "p80_ms", "noise", "saved_mib", "x_frozen"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,12 @@ def measured_rows(path: Path, also: Sequence[str] = ()) -> list[dict]:
     found = [row for row in found if row.get("mode") in (*_MEASURED, *also)]
     if not any(row["mode"] in _MEASURED for row in found):
         raise ValueError(f"{expected}, got {len(rows)} other rows")
+    for row in found:
+        needed = (
+            _FIELDS | (_TIMED_FIELDS if "p50_ms" in row else {"reason"}) if row["mode"] in _MEASURED else {"device"}
+        )
+        if not needed <= row.keys():
+            raise ValueError(f"{expected}, got a row without {', '.join(sorted(needed - row.keys()))}")
     return found
 
 
@@ -82,7 +91,9 @@ def compare(old: Sequence[dict], new: Sequence[dict], *, absolute: bool = False)
     found = []
     for case in common:
         for name, row in before[case].items():
-            if (absolute or name != _YARDSTICK) and row["status"] == "ok" and name in after[case]:
+            is_measured = "rounds_ms" in row and name in after[case]
+            has_yardstick = absolute or all("rounds_ms" in rows[case].get(_YARDSTICK, {}) for rows in (before, after))
+            if is_measured and has_yardstick and (absolute or name != _YARDSTICK):
                 found.append(_compared(case, name, before[case], after[case], absolute))
     return found
 

@@ -64,7 +64,8 @@ def _measured(
         subject = (Ops if case.is_op else Decoders)(case, device)
         judge = Judge(case, subject)
     except RuntimeError as error:  # no memory, as a rule
-        return dict.fromkeys(implementations, {"status": FAILED, "reason": f"HF PEFT's truth: {_sentence(error)}"})
+        reason = f"HF PEFT's truth: {_sentence(error)}"
+        return {name: {"status": FAILED, "reason": reason} for name in implementations}
     rows: dict[str, dict] = {}
     trials: dict[str, AnyTrial] = {}
     for name, implementation in implementations.items():

@@ -95,6 +95,7 @@ def test_the_exit_status_is_for_continuous_integration(tmp_path, capsys):
         (other, "compare: expected files with cases in common"),
         (saved(tmp_path / "x.jsonl", [{"op": "step"}]), "got 1 other rows"),
         (saved(tmp_path / "y.jsonl", [3]), "got 1 other rows"),
+        (saved(tmp_path / "w.jsonl", [{"op": "suite", "mode": "fwd_bwd", "p50_ms": 1.0}]), "got a row without case, d"),
         (str(tmp_path), "Is a directory"),
     ):
         assert cli.main(["bench", "compare", old, bad]) == 2
