@@ -15,7 +15,7 @@ help:
 	@echo "make nightly 504 random combinations of family, method and settings, 10,000 of modifications, 1000 hostile inputs, 100 kills"
 	@echo "make peer-tests TRANSFORMERS=/path   HF PEFT's and transformers' own tests (of a checkout), unfused and fused; last line: N differences"
 	@echo "make lint    ruff check and ruff format --check"
-	@echo "make bench   step-time benchmark: results/bench/"
+	@echo "make bench   implementations side by side on this machine's GPU or CPU, rows and report: results/bench/ (SECONDS=300)"
 	@echo "make figures fills the figures of README and docs in from the rows of bench/results"
 	@echo "make cpu-bench   bandwidth of the C++ kernels against a copy: results/bench/"
 	@echo "make sanitize    the C++ kernels' tests under the address and undefined-behaviour sanitizers"
@@ -64,8 +64,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+SECONDS ?= 300
 bench: $(STAMP)
-	$(BIN)/python -m bench.step --dtype bf16 --out results/bench/step.jsonl
+	$(BIN)/mmpeft-fast bench run --seconds $(SECONDS) --out results/bench/suite.jsonl
+	$(BIN)/mmpeft-fast bench report results/bench/suite.jsonl --output results/bench
 
 figures: $(STAMP)
 	$(BIN)/python -m bench.figures

@@ -48,14 +48,22 @@ class Case:
 
 
 class _Maker:
+    """Random tensors whose values bfloat16 can hold: the same in every dtype."""
+
     def __init__(self, dtype: torch.dtype, device: str):
         self.options = {"dtype": dtype, "device": device}
 
+    def _of(self, values: Tensor) -> Tensor:
+        return values.bfloat16().to(**self.options)
+
     def input(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self.options).requires_grad_()
+        return self._of(torch.randn(*shape)).requires_grad_()
 
     def frozen(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self.options) * shape[-1] ** -0.5
+        return self._of(torch.randn(*shape) * shape[-1] ** -0.5)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._of(torch.rand(*shape))
 
     def branch(self, width: int, num_out: int, shape: Shape, position: str, activation: str = "identity") -> Branch:
         down = self.frozen(shape.rank, num_out if position == "post" else width).requires_grad_()
@@ -139,7 +147,7 @@ def swiglu_adapter_down(shape: Shape, make: _Maker) -> Case:
 def prefix_attention(shape: Shape, make: _Maker) -> Case:
     batch, head_dim = shape.tokens // shape.length, shape.hidden // shape.heads
     qkv = [make.input(batch, shape.length, shape.hidden) for _ in range(3)]
-    cos, sin = (torch.rand(1, shape.length, head_dim, **make.options) for _ in range(2))
+    cos, sin = (make.uniform(1, shape.length, head_dim) for _ in range(2))
     prefix = tuple(make.input(shape.heads, shape.num_virtual_tokens, head_dim) for _ in range(2))
     options = {"head_dim": head_dim}
     return Case(
@@ -166,7 +174,7 @@ def norm(shape: Shape, make: _Maker) -> Case:
 
 def loss(shape: Shape, make: _Maker) -> Case:
     x, weight = make.input(shape.tokens, shape.hidden), make.frozen(shape.vocab, shape.hidden)
-    labels = torch.randint(0, shape.vocab, (shape.tokens,), device=x.device)
+    labels = torch.randint(0, shape.vocab, (shape.tokens,)).to(x.device)
     labels[: shape.tokens * 19 // 20] = IGNORE_INDEX
     rows = slice(shape.tokens * 19 // 20, None)
     return Case(

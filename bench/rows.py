@@ -49,9 +49,9 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def environment() -> dict[str, object]:
-    """Device, versions and commit, the same for every row of a run."""
-    cuda = torch.cuda.is_available()
+def environment(device: str | None = None) -> dict[str, object]:
+    """Device, versions and commit, the same for every row of a run. device: cpu or cuda; None: a GPU before a CPU."""
+    cuda = torch.cuda.is_available() if device is None else device == "cuda"
     return {
         "device": device_name("cuda" if cuda else "cpu"),
         "driver": torch.version.cuda if cuda else None,

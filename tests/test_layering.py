@@ -28,7 +28,7 @@ SHARED = {
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
-    "cli": {"study", "plan", "profiling", "train", "doctor", "version", "plugins"},
+    "cli": {"study", "plan", "profiling", "train", "doctor", "benchmarks", "version", "plugins"},
     "__main__": {"cli"},
     "study": {"doctor", "train", "data", "plugins"} | PEFT_MODEL | CORE,
     "plan": {"doctor", "train", "data"} | PEFT_MODEL | CORE,
@@ -45,6 +45,7 @@ ALLOWED = {
     "ops": {"mmpeft_kernels"},
     "mmpeft_kernels": set(),
     "shipped": {"fusion", "models", "layers", "quantised"},
+    "benchmarks": set(),
     "atomic": set(),
     "placement": set(),
     "plugins": set(),

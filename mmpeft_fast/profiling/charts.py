@@ -8,6 +8,7 @@ from mmpeft_fast.profiling.storages import ROLES, Timeline
 
 _WIDTH = 420
 _BAR_LABEL, _BAR_VALUE, _BAR_HEIGHT, _BAR_GAP = 62, 74, 24, 12
+_LETTER = 7  # the width of a letter, about
 _AREA_HEIGHT, _AREA_LEFT, _AREA_RIGHT, _AREA_TOP, _AREA_BOTTOM = 240, 52, 8, 24, 26
 _POINTS = 300
 _MOST_PHASES = 6  # of several steps they would hide the areas
@@ -33,11 +34,12 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str)
         unit: behind a bar's sum.
     """
     largest = max((sum(values.values()) for values in bars.values()), default=0.0) or 1.0
-    scale = (_WIDTH - _BAR_LABEL - _BAR_VALUE) / largest
+    label_width = max(_BAR_LABEL, 16 + _LETTER * max(map(len, bars), default=0))
+    scale = (_WIDTH - label_width - _BAR_VALUE) / largest
     shapes = []
     for i, (label, values) in enumerate(bars.items()):
-        x, y = float(_BAR_LABEL), i * (_BAR_HEIGHT + _BAR_GAP)
-        shapes.append(_text(_BAR_LABEL - 10, y + _BAR_HEIGHT / 2, label, "end"))
+        x, y = float(label_width), i * (_BAR_HEIGHT + _BAR_GAP)
+        shapes.append(_text(label_width - 10, y + _BAR_HEIGHT / 2, label, "end"))
         for name, value in values.items():
             shapes.append(
                 f'<rect class="{css_name(name)}" x="{x:.2f}" y="{y}" width="{value * scale:.2f}" '

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 
 from mmpeft_fast.doctor import versions
 from mmpeft_fast.plan.devices import Device
 from mmpeft_fast.plan.parts import PARTS
-from mmpeft_fast.profiling.charts import css_name, memory_areas, readable, stacked_bars
+from mmpeft_fast.profiling.charts import memory_areas, readable, stacked_bars
 from mmpeft_fast.profiling.measured import RATIOS, Measured, comparisons
+from mmpeft_fast.profiling.page import fills, legend, notes, page, table_html
 from mmpeft_fast.profiling.rows import HEADER, OUTSIDE, Row, by_part, cells
 from mmpeft_fast.profiling.storages import ROLES
 from mmpeft_fast.profiling.text import TOTALS, ratio_text, title_of, totals
@@ -18,8 +18,6 @@ _NUM_OPS = 40
 _RATIO_NAMES = {
     "time": "time", "launches": "launches", "bytes": "bytes moved", "flops": "FLOPs", "peak": "peak memory"
 }  # fmt: skip
-_LIGHT = ("#4269d0", "#97bbf5", "#9aa3af", "#a463f2", "#0f766e", "#c2571a", "#d9a441", "#aa3355", "#6cc5b0", "#9c6b4e")
-_DARK = ("#6f92f0", "#4f6f9f", "#6b7480", "#b98af5", "#2dbdb0", "#f0864a", "#e0bb62", "#e06c8d", "#3f8f7f", "#b98b6e")
 _ROLE_COLOURS = (2, 7, 3, 4, 6)  # of the palette, in the order of ROLES
 
 NOTES = (
@@ -58,49 +56,21 @@ def report_html(measured: Sequence[Measured], request: Mapping, device: Device |
         measured: at least one implementation.
         request: what was asked for; device: the roofline's profile, if there was one.
     """
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>mmpeft-fast: profile</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>",
-            _head(measured, request, device),
-            _totals(measured),
-            _parts(measured),
-            _memory(measured),
-            _ops(measured),
-            _notes(),
-            "</main>\n</body>\n</html>\n",
-        ]
-    )
+    sections = _head(measured, request, device), _totals(measured), _parts(measured), _memory(measured), _ops(measured)
+    return page("mmpeft-fast: profile", _style(), [*sections, notes(NOTES)])
 
 
 def _style() -> str:
-    """The study's style sheet and the colours of parts and roles."""
-    shared = resources.files("mmpeft_fast.study").joinpath("report.css").read_text(encoding="utf-8")
+    """The colours of parts and roles."""
     names = [*PARTS, OUTSIDE]
-
-    def variables(palette: Sequence[str]) -> str:
-        return "".join(f"--c{i}: {colour}; " for i, colour in enumerate(palette))
-
-    colours = {css_name(name): f"var(--c{i})" for i, name in enumerate(names)}
-    colours |= {css_name(role): f"var(--c{i})" for role, i in zip(ROLES, _ROLE_COLOURS, strict=True)}
-    colours[css_name(BETWEEN)] = "var(--rule)"
-    rules = "".join(
-        f"svg .{name} {{ fill: {colour}; }} .legend .{name}::before {{ background: {colour}; }}\n"
-        for name, colour in colours.items()
-    )
+    colours = {name: f"var(--c{i})" for i, name in enumerate(names)}
+    colours |= {role: f"var(--c{i})" for role, i in zip(ROLES, _ROLE_COLOURS, strict=True)}
+    colours[BETWEEN] = "var(--rule)"
     return (
-        f"{shared}:root {{ {variables(_LIGHT)}}}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(_DARK)}}} }}\n{rules}"
-        ".bars svg { max-width: 720px; }\n.figures div { flex-basis: 140px; }\n"
-        ".legend { flex-wrap: wrap; row-gap: 4px; }\n.scroll { margin-bottom: 12px; }\n"
-        "svg .grid { stroke: var(--rule); }\nsvg line.phase { stroke: var(--ink); stroke-opacity: .35; }\n"
+        f"{fills(colours)}.bars svg {{ max-width: 720px; }}\n"
+        "svg line.phase { stroke: var(--ink); stroke-opacity: .35; }\n"
         "svg text.phase { font-size: 11px; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }\n"
-        "svg text.tick { fill: var(--soft); }\n"
         "svg .peak { fill: var(--ink); stroke: var(--card); stroke-width: 1.5; }\n"
-        "td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }\n"
-        "tr.total td { border-top: 1px solid var(--rule); font-weight: 600; }\n"
     )
 
 
@@ -129,33 +99,16 @@ def _head(measured: Sequence[Measured], request: Mapping, device: Device | None)
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, has_total: bool = False) -> str:
-    """The first column is text, the others numbers."""
-
-    def line(kind: str, texts: Sequence[str], name: str = "") -> str:
-        inside = "".join(
-            f"<{kind}{' class=number' if i else ''}>{escape(text)}</{kind}>" for i, text in enumerate(texts)
-        )
-        return f"<tr{name}>{inside}</tr>"
-
-    body = [line("td", row, " class=total" if has_total and row is rows[-1] else "") for row in rows]
-    return f"<div class=scroll><table><thead>{line('th', header)}</thead>\n<tbody>{''.join(body)}</tbody></table></div>"
-
-
 def _totals(measured: Sequence[Measured]) -> str:
-    section = f"<section>\n<h2>Side by side</h2>\n{_table(TOTALS, totals(measured))}\n"
+    section = f"<section>\n<h2>Side by side</h2>\n{table_html(TOTALS, totals(measured))}\n"
     found = comparisons(measured)
     if found:
         ratios = [
             (pair.replace("/", " over "), *(ratio_text(values[name]) for name in RATIOS))
             for pair, values in found.items()
         ]
-        section += _table(("ratio", *(_RATIO_NAMES[name] for name in RATIOS)), ratios)
+        section += table_html(("ratio", *(_RATIO_NAMES[name] for name in RATIOS)), ratios)
     return section + "</section>"
-
-
-def _legend(names: Sequence[str]) -> str:
-    return f"<p class=legend>{''.join(f'<span class={css_name(name)}>{escape(name)}</span>' for name in names)}</p>"
 
 
 def _parts(measured: Sequence[Measured]) -> str:
@@ -180,8 +133,8 @@ def _parts(measured: Sequence[Measured]) -> str:
         for one in measured
     )
     return (
-        f"<section>\n<h2>Time by part</h2>\n{_legend(seen)}\n<figure class=bars>{chart}</figure>\n"
-        f"{_table(header, rows)}\n{details}\n</section>"
+        f"<section>\n<h2>Time by part</h2>\n{legend(seen)}\n<figure class=bars>{chart}</figure>\n"
+        f"{table_html(header, rows)}\n{details}\n</section>"
     )
 
 
@@ -196,7 +149,7 @@ def _part_ratio(part: str, measured: Sequence[Measured], bars: Mapping[str, Mapp
 def _rows_table(title: str, rows: Sequence[tuple[str, Row]], one: Measured) -> str:
     whole = one.whole
     lines = [(label, *cells(row, whole)) for label, row in rows] + [("all", *cells(whole, whole))]
-    return _table((title, *HEADER), lines, has_total=True)
+    return table_html((title, *HEADER), lines, has_total=True)
 
 
 def _memory(measured: Sequence[Measured]) -> str:
@@ -209,8 +162,8 @@ def _memory(measured: Sequence[Measured]) -> str:
     rows = [(role, *(f"{held[one.name][role] / 2**20:.2f}" for one in measured)) for role in ROLES]
     rows.append(("all", *(f"{one.timeline.peak_bytes / 2**20:.2f}" for one in measured)))
     return (
-        f"<section>\n<h2>Memory</h2>\n{_legend(ROLES)}\n<div class=charts>{charts}</div>\n"
-        f"<h3>What holds the peak, MiB</h3>{_table(('', *held), rows, has_total=True)}</section>"
+        f"<section>\n<h2>Memory</h2>\n{legend(ROLES)}\n<div class=charts>{charts}</div>\n"
+        f"<h3>What holds the peak, MiB</h3>{table_html(('', *held), rows, has_total=True)}</section>"
     )
 
 
@@ -225,8 +178,3 @@ def _ops(measured: Sequence[Measured]) -> str:
             f"</summary>{_rows_table('op', rows, one)}</details>"
         )
     return f"<section>\n<h2>Ops</h2>\n{''.join(items)}</section>"
-
-
-def _notes() -> str:
-    notes = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in NOTES)
-    return f"<section>\n<h2>What the numbers mean</h2>\n<dl class=notes>\n{notes}</dl>\n</section>"
