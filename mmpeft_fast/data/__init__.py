@@ -3,6 +3,7 @@
 from mmpeft_fast.data.collate import HOST_HINTS, IGNORE_INDEX, Collator, without_hints
 from mmpeft_fast.data.conversations import Sample, check_images, data_digest, load_conversations
 from mmpeft_fast.data.easy_vqa import easy_vqa_conversations
+from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.data.shared_context import CONTEXTS, SharedContextCollator, why_not_packed
 from mmpeft_fast.data.tokenizer import train_tokenizer
 
@@ -11,8 +12,10 @@ __all__ = [
     "HOST_HINTS",
     "IGNORE_INDEX",
     "Collator",
+    "Packing",
     "Sample",
     "SharedContextCollator",
+    "Size",
     "check_images",
     "data_digest",
     "easy_vqa_conversations",

@@ -7,13 +7,15 @@ tokens are found by character offsets, so merges across words and several turns 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import with_dense_mask
 from mmpeft_fast.fields import at_least, between, check_value, shown
 from mmpeft_fast.labels import IGNORE_INDEX
@@ -108,6 +110,34 @@ class Collator:
         capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
         hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
         return {**batch, **image_inputs, **hints}
+
+    def packing(self, samples: Sequence[Sample], budget: int) -> Packing:
+        """What the samples need of a token budget a batch. Raises ValueError as `__call__` does for the first image of
+        each size."""
+        sizes = tuple(map(Size, self._lengths(samples)))
+        return Packing(sizes=sizes, budget=budget, is_padded=True, multiple_of=self.multiple_of)
+
+    def _lengths(self, samples: Sequence[Sample]) -> list[int]:
+        """Tokens of each sample's row."""
+        lengths = [len(ids) + added for ids, added in self._ids_before_images(samples)]
+        return lengths if self.max_length is None else [min(length, self.max_length) for length in lengths]
+
+    def _ids_before_images(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], int]]:
+        """Of each sample the token ids with one placeholder for its image, and how many the processor adds to them.
+        That depends on the image's size alone; one of each size is decoded."""
+        added: dict[tuple[int, int] | None, int] = {}
+        for sample in tqdm(samples, desc="lengths", unit="sample", delay=5, disable=None):
+            if self._encode_chat:
+                yield self._chat(sample, sample.messages()).input_ids, 0
+                continue
+            text = self._template(self._messages(sample))
+            self._check_placeholders(sample, text)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            size = sample.image_size()
+            if size not in added:
+                (row,), _ = self._tokenize([sample], [text])
+                added[size] = len(row["input_ids"]) - len(ids)
+            yield ids, added[size]
 
     def _conversations(self, samples: Sequence[Sample]) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Rows with labels and the images' inputs, by a processor that tokenises conversations itself."""
@@ -235,9 +265,7 @@ class Collator:
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         """The sample's text before image expansion, and each answer's [start, end) in it, end token included."""
-        messages = sample.messages()
-        for message in messages[1::2]:
-            message["content"][0]["text"] += self._answer_end
+        messages = self._messages(sample)
         text = self._template(messages)
         spans = self._answer_spans(messages, text)
         if spans is None:
@@ -247,6 +275,12 @@ class Collator:
             )
         self._check_placeholders(sample, text)
         return text, spans
+
+    def _messages(self, sample: Sample) -> list[dict]:
+        messages = sample.messages()
+        for message in messages[1::2]:
+            message["content"][0]["text"] += self._answer_end
+        return messages
 
     def _answer_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]] | None:
         """Where the answers are in the text; None where the template does not append pair after pair.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mmpeft_fast.data.collate import Collator
-from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.data.conversations import LEAST_BYTES, Sample
+from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
 
@@ -98,6 +99,37 @@ class SharedContextCollator(Collator):
             image_inputs = {name: value[images] for name, value in image_inputs.items()}
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
         return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
+
+    def packing(self, samples: Sequence[Sample], budget: int) -> Packing:
+        """As `Collator.packing`; samples of one image file share what comes before its end, where all begin alike."""
+        if self.context == "packed":
+            sizes = list(map(Size, self._lengths(samples)))
+        else:
+            sizes = self._sizes(samples)
+        return Packing(sizes=tuple(sizes), budget=budget, multiple_of=self.multiple_of)
+
+    def _sizes(self, samples: Sequence[Sample]) -> list[Size]:
+        images = {sample.image: sample for sample in samples if sample.image is not None}
+        # Of images of one content file beginnings and ends are the same too. The collator may put any of their samples
+        # into one group, so all of them must begin alike for any of them to share.
+        digests = {image: sample.image_digest(LEAST_BYTES) for image, sample in images.items()}
+        numbers = {image: number for number, image in enumerate(digests)}
+        beginnings: dict[str, set[tuple[int, ...]]] = {}
+        sizes = []
+        for sample, (ids, added) in zip(samples, self._ids_before_images(samples), strict=True):
+            length = min(len(ids) + added, self.max_length or len(ids) + added)
+            if sample.image is None:
+                sizes.append(Size(length))
+                continue
+            context = int(self._is_image(torch.tensor(ids)).nonzero()[-1]) + 1
+            beginnings.setdefault(digests[sample.image], set()).add(tuple(ids[:context]))
+            sizes.append(Size(length, context + added, numbers[sample.image]))
+        for index, sample in enumerate(samples):
+            length, context, group = sizes[index]
+            is_shared = sample.image is not None and len(beginnings[digests[sample.image]]) == 1
+            if not (is_shared and _LEAST_SHARED <= context < length):
+                sizes[index] = Size(length, 0, group)
+        return sizes
 
     def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Indices of the samples of each image, in the order in which images come first."""

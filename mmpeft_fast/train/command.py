@@ -147,6 +147,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--global-batch-size", type=int, metavar="N", help="samples per optimizer step (128)")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples per forward on one device (16)")
     group.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="tokens per forward on one device, padding included, in place of --batch-size: the samples of a step are "
+        "packed into few batches, which changes neither the step's loss nor its gradients",
+    )
+    group.add_argument(
         "--order",
         choices=("shuffled", "by-image"),
         help="of samples: each for itself, or those of one image together, for --context shared (default: shuffled)",

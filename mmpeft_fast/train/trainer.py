@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from mmpeft_fast.atomic import exclusive
-from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample, without_hints
+from mmpeft_fast.data import IGNORE_INDEX, Collator, Packing, Sample, without_hints
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import takes_hints, verify_fused
 from mmpeft_fast.small_batches import cut_batch, documents_batch
@@ -100,6 +100,7 @@ def train(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         groups=_images_of(dataset) if config.order == "by-image" else None,
+        packing=_packing(config.tokens_per_batch, dataset, collator),
     )
     writes = output is not None and accelerator.is_main_process
     with ExitStack() as held:
@@ -364,6 +365,24 @@ def _count(batches: list[dict[str, Any]]) -> tuple[int, int]:
     """Tokens without padding, and next-token targets, in a step's micro-batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return tokens, sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def _packing(budget: int | None, dataset: Sequence[Sample], collator: Collator) -> Packing | None:
+    """Raises ValueError for a sample that alone has more tokens than a batch may."""
+    if budget is None:
+        return None
+    if not hasattr(collator, "packing"):
+        kind = type(collator).__name__
+        raise ValueError(f"tokens_per_batch: expected a collator that knows the samples' sizes, got {kind}")
+    samples = [dataset[index] for index in range(len(dataset))]
+    packing = collator.packing(samples, budget)
+    for index, sample in enumerate(samples):
+        if packing.tokens([index]) > budget:
+            raise ValueError(
+                f"{sample.source}: expected at most {budget} tokens (tokens_per_batch), got {packing.tokens([index])}; "
+                "raise it, or cut samples by max_length"
+            )
+    return packing
 
 
 def _images_of(dataset: Sequence[Sample]) -> tuple[int, ...]:
