@@ -11,6 +11,7 @@ import torch
 
 from mmpeft_fast.data.collate import Collator
 from mmpeft_fast.data.conversations import LEAST_BYTES, Sample
+from mmpeft_fast.data.feature_store import FeatureStore
 from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
@@ -33,8 +34,8 @@ class SharedContextCollator(Collator):
     """Turn samples into one row of documents: `SharedContextCollator(processor)(samples)`, for a fused model.
 
     context: "shared" puts what samples of one image (by content; samples without one likewise) begin with alike there
-    once, "packed" leaves every sample whole. processor, max_length, multiple_of (of the row's length) and loss: as of
-    `Collator`.
+    once, "packed" leaves every sample whole. processor, max_length, multiple_of (of the row's length), loss and
+    features: as of `Collator`.
 
     Raises:
         ValueError: as `Collator`, and for processors of models that find images by rows or have several positions a
@@ -49,13 +50,14 @@ class SharedContextCollator(Collator):
         max_length: int | None = None,
         multiple_of: int = 1,
         loss: str = "publisher",
+        features: FeatureStore | None = None,
     ) -> None:
         if context not in CONTEXTS:
             raise ValueError(f"context: expected one of {list(CONTEXTS)}, got {context!r}")
         reason = why_not_packed(processor)
         if reason is not None:
             raise ValueError(f"context: expected a model whose samples can share a row, but {reason}; use Collator")
-        super().__init__(processor, max_length=max_length, multiple_of=multiple_of, loss=loss)
+        super().__init__(processor, max_length=max_length, multiple_of=multiple_of, loss=loss, features=features)
         self.context = context
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -96,7 +98,10 @@ class SharedContextCollator(Collator):
         row |= {"position_ids": documents.position_ids()[0], "attention_mask": torch.ones_like(row["labels"])}
         batch = self._pad([row])
         if images != list(range(len(with_image))):
-            image_inputs = {name: value[images] for name, value in image_inputs.items()}
+            image_inputs = {
+                name: value[images] if isinstance(value, torch.Tensor) else [value[index] for index in images]
+                for name, value in image_inputs.items()
+            }
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
         return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
 
