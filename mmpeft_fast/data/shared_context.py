@@ -22,7 +22,8 @@ _LEAST_SHARED = 32
 
 
 def why_not_packed(processor: Any) -> str | None:
-    """Why samples of this processor cannot lie behind one another in a row, or None."""
+    """Why samples of this processor cannot lie behind one another in a row, or None, as far as a processor shows it.
+    Where there is a model its family says it (`Family.why_not_packed`)."""
     if hasattr(processor, "encode_chat"):
         return "its images are found by rows"
     if hasattr(getattr(processor, "image_processor", None), "merge_size"):

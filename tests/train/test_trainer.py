@@ -129,7 +129,7 @@ def test_rows_are_complete_and_finite(run, tmp_path):
     _, result = run(replace(CONFIG, log_every=4))
     logged = rows(tmp_path / "out")
     assert [row["step"] for row in logged] == [4, 6]
-    fields = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "supervised_tokens", "peak_mib", "elapsed_s"]
+    fields = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "supervised_tokens", "peak_mib", "elapsed_s", "data_s"]
     for row in logged:
         assert list(row) == fields
         assert all(row[name] > 0 for name in fields)
