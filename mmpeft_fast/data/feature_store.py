@@ -58,7 +58,9 @@ class FeatureStore:
         try:
             tensors = load_file(path)
             os.utime(path)
-        except FileNotFoundError:  # never written, or cleared by another process in between
+        except (FileNotFoundError, RuntimeError):
+            # Never written, or cleared by another process meanwhile. safetensors opens a file once for its header and
+            # once to map it; where it is gone by then, that is a RuntimeError.
             return None
         except SafetensorError:  # damaged from outside
             with suppress(OSError):
