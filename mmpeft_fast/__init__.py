@@ -14,6 +14,7 @@ _HOMES = {
     "add_peft": "peft_model",
     "FuseCallback": "hf_trainer",
     "as_unfused": "verify",
+    "cache_vision": "train.vision",
     "compare": "verify",
     "fuse": "peft_model",
     "fuse_report": "fusion",

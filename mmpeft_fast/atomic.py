@@ -32,11 +32,16 @@ _ASIDE = re.compile(r"\.(.+)\.old", re.DOTALL)
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by a UTF-8 text file. The folder must exist."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by a file. The folder must exist."""
     _clear(path.parent, path.name)
     handle, name = _locked(lambda: tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fchmod(handle, 0o644)  # mkstemp makes it private to the user
             os.fsync(handle)

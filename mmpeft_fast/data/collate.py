@@ -7,19 +7,26 @@ tokens are found by character offsets, so merges across words and several turns 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.data.feature_store import FeatureStore
+from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import with_dense_mask
 from mmpeft_fast.fields import at_least, between, check_value, shown
 from mmpeft_fast.labels import IGNORE_INDEX
 
 # Facts of a batch that fused models take as keywords, to spare an accelerator the question; others do not know them.
 HOST_HINTS = ("supervised_capacity", "right_padded")
+
+# What a batch holds in place of pixels where a collator has a `FeatureStore`: of each image a dict with its `key`, and
+# `output`, its features, or `inputs`, what they are to be computed from, and `others`, what else is to be kept.
+FEATURES = "image_features"
 
 # Longer than any sample: more would be a mistake, and fill the memory with padding.
 _MOST_MULTIPLE = 1 << 16
@@ -49,6 +56,8 @@ class Collator:
     end-of-sequence token is added, as the study's Vicuna template has it: else no model could learn to stop.
     A tokenizer without a padding token (LLaMA's and Mistral's published ones) pads with its end-of-sequence token:
     padding is masked and carries no label, so any token does.
+
+    features: where images' features are kept (`mmpeft_fast.cache_vision`). An image with features there is not decoded.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Collator:
         max_length: int | None = None,
         multiple_of: int = 1,
         loss: str = "publisher",
+        features: FeatureStore | None = None,
     ) -> None:
         tokenizer = getattr(processor, "tokenizer", processor)
         if padding_side not in ("right", "left"):
@@ -82,6 +92,7 @@ class Collator:
         self.max_length = max_length
         self.multiple_of = multiple_of
         self.loss = loss
+        self.features = features
         self._encode_chat = getattr(processor, "encode_chat", None)
         self._is_text_only = processor is tokenizer
         self._proven: list[str] = []  # the sample that has shown labels to be where they belong
@@ -108,6 +119,34 @@ class Collator:
         capacity = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max()
         hints = {"supervised_capacity": int(capacity), "right_padded": self.padding_side == "right"}
         return {**batch, **image_inputs, **hints}
+
+    def packing(self, samples: Sequence[Sample], budget: int) -> Packing:
+        """What the samples need of a token budget a batch. Raises ValueError as `__call__` does for the first image of
+        each size."""
+        sizes = tuple(map(Size, self._lengths(samples)))
+        return Packing(sizes=sizes, budget=budget, is_padded=True, multiple_of=self.multiple_of)
+
+    def _lengths(self, samples: Sequence[Sample]) -> list[int]:
+        """Tokens of each sample's row."""
+        lengths = [len(ids) + added for ids, added in self._ids_before_images(samples)]
+        return lengths if self.max_length is None else [min(length, self.max_length) for length in lengths]
+
+    def _ids_before_images(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], int]]:
+        """Of each sample the token ids with one placeholder for its image, and how many the processor adds to them.
+        That depends on the image's size alone; one of each size is decoded."""
+        added: dict[tuple[int, int] | None, int] = {}
+        for sample in tqdm(samples, desc="lengths", unit="sample", delay=5, disable=None):
+            if self._encode_chat:
+                yield self._chat(sample, sample.messages()).input_ids, 0
+                continue
+            text = self._template(self._messages(sample))
+            self._check_placeholders(sample, text)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            size = sample.image_size()
+            if size not in added:
+                (row,), _ = self._tokenize([sample], [text])
+                added[size] = len(row["input_ids"]) - len(ids)
+            yield ids, added[size]
 
     def _conversations(self, samples: Sequence[Sample]) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Rows with labels and the images' inputs, by a processor that tokenises conversations itself."""
@@ -145,7 +184,7 @@ class Collator:
             text, spans = self._render(sample)
             texts.append(text)
             answer_spans.append(spans)
-        rows, image_inputs = self._tokenize(samples, texts)
+        rows, image_inputs = (self._tokenize if self.features is None else self._with_features)(samples, texts)
         for sample, text, row, spans in zip(samples, texts, rows, answer_spans, strict=True):
             row["labels"] = self._labels(row, text, spans)
             row.pop("offset_mapping")
@@ -183,6 +222,8 @@ class Collator:
             name: hashlib.sha256(json.dumps(part, sort_keys=True, default=_kind_of).encode()).hexdigest()
             for name, part in parts.items()
         }
+        if self.features is not None:
+            plain["features"] = "kept"  # computed for an image alone, which may round otherwise than many at once
         return {name.removeprefix("_"): value for name, value in plain.items()} | digests
 
     def check(self, samples: Iterable[Sample]) -> None:
@@ -235,9 +276,7 @@ class Collator:
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         """The sample's text before image expansion, and each answer's [start, end) in it, end token included."""
-        messages = sample.messages()
-        for message in messages[1::2]:
-            message["content"][0]["text"] += self._answer_end
+        messages = self._messages(sample)
         text = self._template(messages)
         spans = self._answer_spans(messages, text)
         if spans is None:
@@ -247,6 +286,12 @@ class Collator:
             )
         self._check_placeholders(sample, text)
         return text, spans
+
+    def _messages(self, sample: Sample) -> list[dict]:
+        messages = sample.messages()
+        for message in messages[1::2]:
+            message["content"][0]["text"] += self._answer_end
+        return messages
 
     def _answer_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]] | None:
         """Where the answers are in the text; None where the template does not append pair after pair.
@@ -293,6 +338,46 @@ class Collator:
             for index in range(len(samples))
         ]
         return rows, {name: value for name, value in encoded.items() if name not in token_wise}
+
+    def _with_features(
+        self, samples: Sequence[Sample], texts: list[str]
+    ) -> tuple[list[dict], dict[str, torch.Tensor | list[dict]]]:
+        """As `_tokenize`, with FEATURES in place of pixels."""
+        rows, images = [], []
+        for sample, text in zip(samples, texts, strict=True):
+            key = self._feature_key(sample)
+            kept = self.features.read(key) if key else None
+            if kept is None:
+                (row,), inputs = self._tokenize([sample], [text])
+                others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+                image = {"key": key, "inputs": inputs, "others": others}
+            else:
+                row = self._expanded(text, len(kept["features"]))
+                others = {name: kept.pop(name) for name in set(kept) & set(self.processor.model_input_names)}
+                image = {"key": key, "output": kept, "others": others}
+            rows.append(row)
+            if sample.image is not None:
+                images.append(image)
+        if not images:
+            return rows, {}
+        together = {name: torch.cat([image["others"][name] for image in images]) for name in images[0]["others"]}
+        return rows, {**together, FEATURES: images}
+
+    def _feature_key(self, sample: Sample) -> str | None:
+        """None where there is no image, or the sample makes its own of the file (augmentation)."""
+        if sample.image is None or type(sample).load_image is not Sample.load_image:
+            return None
+        settings = self.processor.image_processor.to_dict()
+        return self.features.key(json.dumps(settings, sort_keys=True, default=_kind_of), sample.image_digest())
+
+    def _expanded(self, text: str, number: int) -> dict[str, torch.Tensor]:
+        """What `_tokenize` gives for a text whose image becomes so many tokens, without the image."""
+        token = self.processor.image_token
+        encoded = self.tokenizer(text.replace(token, token * number), return_offsets_mapping=True)
+        row = {name: torch.as_tensor(value) for name, value in encoded.items() if name != "token_type_ids"}
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            row["mm_token_type_ids"] = self._is_image(row["input_ids"]).long()
+        return row
 
     def _labels(self, row: dict[str, torch.Tensor], text: str, spans: list[tuple[int, int]]) -> torch.Tensor:
         """Labels [T]: the token ids from the first to the last token that touches an answer, else -100."""

@@ -26,7 +26,7 @@ _DECODE_ERRORS = (
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 # What is read of all images for `data_digest`, at most: seconds. Of one image's beginning and of its end, at least.
-_DIGEST_BYTES, _LEAST_BYTES = 1 << 31, 4096
+_DIGEST_BYTES, LEAST_BYTES = 1 << 31, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,17 @@ class Sample:
 
     def check_image(self) -> None:
         """Read only the image's header. Raises ValueError where it is not an image."""
-        if self.image is not None:
-            try:
-                Image.open(self.image).close()
-            except _DECODE_ERRORS as error:
-                raise self._unreadable(error) from error
+        self.image_size()
+
+    def image_size(self) -> tuple[int, int] | None:
+        """Width and height by the image's header, or None. Raises ValueError where it is not an image."""
+        if self.image is None:
+            return None
+        try:
+            with Image.open(self.image) as image:
+                return image.size
+        except _DECODE_ERRORS as error:
+            raise self._unreadable(error) from error
 
     def image_digest(self, most: int | None = None) -> str:
         """Digest of the image's file; of its size, beginning and end where it has more than 2 * `most` bytes. Raises
@@ -132,7 +138,7 @@ def data_digest(samples: Iterable[Sample]) -> str:
     """
     samples = list(samples)
     images = {sample.image: sample for sample in samples if sample.image is not None}
-    most = max(_LEAST_BYTES, _DIGEST_BYTES // (2 * max(1, len(images))))
+    most = max(LEAST_BYTES, _DIGEST_BYTES // (2 * max(1, len(images))))
     digests = {None: None} | {image: sample.image_digest(most) for image, sample in images.items()}
     digest = hashlib.sha256()
     for sample in samples:

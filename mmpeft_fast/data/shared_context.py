@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mmpeft_fast.data.collate import Collator
-from mmpeft_fast.data.conversations import Sample
+from mmpeft_fast.data.conversations import LEAST_BYTES, Sample
+from mmpeft_fast.data.feature_store import FeatureStore
+from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
 
@@ -20,7 +22,8 @@ _LEAST_SHARED = 32
 
 
 def why_not_packed(processor: Any) -> str | None:
-    """Why samples of this processor cannot lie behind one another in a row, or None."""
+    """Why samples of this processor cannot lie behind one another in a row, or None, as far as a processor shows it.
+    Where there is a model its family says it (`Family.why_not_packed`)."""
     if hasattr(processor, "encode_chat"):
         return "its images are found by rows"
     if hasattr(getattr(processor, "image_processor", None), "merge_size"):
@@ -32,8 +35,8 @@ class SharedContextCollator(Collator):
     """Turn samples into one row of documents: `SharedContextCollator(processor)(samples)`, for a fused model.
 
     context: "shared" puts what samples of one image (by content; samples without one likewise) begin with alike there
-    once, "packed" leaves every sample whole. processor, max_length, multiple_of (of the row's length) and loss: as of
-    `Collator`.
+    once, "packed" leaves every sample whole. processor, max_length, multiple_of (of the row's length), loss and
+    features: as of `Collator`.
 
     Raises:
         ValueError: as `Collator`, and for processors of models that find images by rows or have several positions a
@@ -48,13 +51,14 @@ class SharedContextCollator(Collator):
         max_length: int | None = None,
         multiple_of: int = 1,
         loss: str = "publisher",
+        features: FeatureStore | None = None,
     ) -> None:
         if context not in CONTEXTS:
             raise ValueError(f"context: expected one of {list(CONTEXTS)}, got {context!r}")
         reason = why_not_packed(processor)
         if reason is not None:
             raise ValueError(f"context: expected a model whose samples can share a row, but {reason}; use Collator")
-        super().__init__(processor, max_length=max_length, multiple_of=multiple_of, loss=loss)
+        super().__init__(processor, max_length=max_length, multiple_of=multiple_of, loss=loss, features=features)
         self.context = context
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -95,9 +99,43 @@ class SharedContextCollator(Collator):
         row |= {"position_ids": documents.position_ids()[0], "attention_mask": torch.ones_like(row["labels"])}
         batch = self._pad([row])
         if images != list(range(len(with_image))):
-            image_inputs = {name: value[images] for name, value in image_inputs.items()}
+            image_inputs = {
+                name: value[images] if isinstance(value, torch.Tensor) else [value[index] for index in images]
+                for name, value in image_inputs.items()
+            }
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
         return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
+
+    def packing(self, samples: Sequence[Sample], budget: int) -> Packing:
+        """As `Collator.packing`; samples of one image file share what comes before its end, where all begin alike."""
+        if self.context == "packed":
+            sizes = list(map(Size, self._lengths(samples)))
+        else:
+            sizes = self._sizes(samples)
+        return Packing(sizes=tuple(sizes), budget=budget, multiple_of=self.multiple_of)
+
+    def _sizes(self, samples: Sequence[Sample]) -> list[Size]:
+        images = {sample.image: sample for sample in samples if sample.image is not None}
+        # Of images of one content file beginnings and ends are the same too. The collator may put any of their samples
+        # into one group, so all of them must begin alike for any of them to share.
+        digests = {image: sample.image_digest(LEAST_BYTES) for image, sample in images.items()}
+        numbers = {image: number for number, image in enumerate(digests)}
+        beginnings: dict[str, set[tuple[int, ...]]] = {}
+        sizes = []
+        for sample, (ids, added) in zip(samples, self._ids_before_images(samples), strict=True):
+            length = min(len(ids) + added, self.max_length or len(ids) + added)
+            if sample.image is None:
+                sizes.append(Size(length))
+                continue
+            context = int(self._is_image(torch.tensor(ids)).nonzero()[-1]) + 1
+            beginnings.setdefault(digests[sample.image], set()).add(tuple(ids[:context]))
+            sizes.append(Size(length, context + added, numbers[sample.image]))
+        for index, sample in enumerate(samples):
+            length, context, group = sizes[index]
+            is_shared = sample.image is not None and len(beginnings[digests[sample.image]]) == 1
+            if not (is_shared and _LEAST_SHARED <= context < length):
+                sizes[index] = Size(length, 0, group)
+        return sizes
 
     def _groups(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Indices of the samples of each image, in the order in which images come first."""

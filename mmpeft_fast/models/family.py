@@ -28,6 +28,9 @@ class Family:
         paths: where the decoder keeps its layers, norms and linear sites.
         connector: paths of what `train_connector` trains: usually the modules between vision tower and decoder.
         vision_tower: paths of the modules between the pixels and the connector.
+        image_features: paths of all that makes an image's features in `get_image_features`, modules and parameters.
+        why_no_vision_cache: why features that were computed before cannot be given to the model; None: they can.
+        why_not_packed: why samples cannot lie behind one another in one row, or None.
         image: what an image is to the model (`images.py`); None for text alone.
         sizes: real configurations by name, each a function without arguments.
         tiny_config: (vocabulary size, id of a token by its text) -> configuration of a few million parameters.
@@ -54,6 +57,9 @@ class Family:
     chat_template: str
     connector: tuple[str, ...] = ()
     vision_tower: tuple[str, ...] = ()
+    image_features: tuple[str, ...] = ()
+    why_no_vision_cache: str | None = None
+    why_not_packed: str | None = None
     image: ImageKind | None = None
     paths: DecoderPaths = field(default_factory=DecoderPaths)
     sparse_last_layer: Callable[[PretrainedConfig], bool] = lambda config: True

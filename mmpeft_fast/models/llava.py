@@ -112,6 +112,7 @@ LLAVA = Family(
     decoder="model.language_model",
     connector=("model.multi_modal_projector",),
     vision_tower=("model.vision_tower",),
+    image_features=("model.vision_tower", "model.multi_modal_projector"),
     image=Square(),
     output_class=LlavaCausalLMOutputWithPast,
     sizes={

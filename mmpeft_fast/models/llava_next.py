@@ -70,6 +70,7 @@ LLAVA_NEXT = replace(
     model_types=("llava_next",),
     output_class=LlavaNextCausalLMOutputWithPast,
     image=Tiled(),
+    image_features=("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
     sizes={
         "llava-v1.6-vicuna-7b": lambda: _config(LlamaConfig(**llama_2_text(4096, 11008, 32, 32, vocab=32064))),
         "llava-v1.6-mistral-7b": lambda: _config(text_7b(32064, window=None, rope_theta=1e6)),

@@ -107,6 +107,7 @@ LLAVA_ONEVISION = Family(
     decoder="model.language_model",
     connector=("model.multi_modal_projector",),  # not `image_newline`, see llava_next
     vision_tower=("model.vision_tower",),
+    image_features=("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
     image=Tiled(),
     output_class=LlavaOnevisionCausalLMOutputWithPast,
     sizes={"llava-onevision-7b": lambda: _config(qwen2_text(3584, 18944, 28, 28, 4, 152064, tied=False))},

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -18,13 +19,13 @@ from mmpeft_fast.atomic import exclusive, write_text
 from mmpeft_fast.data import (
     CONTEXTS,
     Collator,
+    FeatureStore,
     Sample,
     SharedContextCollator,
     check_images,
     easy_vqa_conversations,
     load_conversations,
     train_tokenizer,
-    why_not_packed,
 )
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import shown
@@ -35,6 +36,7 @@ from mmpeft_fast.stored.checkpoint import check_replaceable
 from mmpeft_fast.train.config import TrainConfig
 from mmpeft_fast.train.evaluate import evaluate_accuracy
 from mmpeft_fast.train.trainer import TrainResult, check_output, check_tracker, seed_everything, train
+from mmpeft_fast.train.vision import cache_vision, why_no_vision_cache
 
 EASY_VQA = "easy-vqa"
 RESULT, ADAPTER = "result.json", "adapter"
@@ -131,6 +133,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that load images (default: none)")
     group.add_argument(
+        "--vision-cache",
+        type=_folder,
+        metavar="DIR",
+        help="keep there what the frozen tower and connector make of each image, for this and other runs; off: compute "
+        "it at every step (default: off)",
+    )
+    group.add_argument(
+        "--vision-cache-gib",
+        type=float,
+        default=100.0,
+        metavar="X",
+        help="most of --vision-cache; what was used longest ago goes first (default: %(default)s)",
+    )
+    group.add_argument(
         "--eval-data", metavar="FILE", help=f"measure exact-match accuracy at the end; {EASY_VQA}: test split"
     )
     group.add_argument("--eval-images", metavar="DIR", help="image folder of --eval-data")
@@ -146,6 +162,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
     group.add_argument("--global-batch-size", type=int, metavar="N", help="samples per optimizer step (128)")
     group.add_argument("--batch-size", type=int, metavar="N", help="samples per forward on one device (16)")
+    group.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="tokens per forward on one device, padding included, in place of --batch-size: the samples of a step are "
+        "packed into few batches, which changes neither the step's loss nor its gradients",
+    )
     group.add_argument(
         "--order",
         choices=("shuffled", "by-image"),
@@ -211,6 +234,7 @@ def run(args: argparse.Namespace) -> int:
             "--gradient-checkpointing: expected --implementation fused with --method prefix; "
             "HF PEFT keeps the prefix in the key/value cache, which checkpointing turns off"
         )
+    collator.features = padded.features = _feature_store(args, model)
     is_main = PartialState(cpu=args.cpu).is_main_process
     if is_main:
         print(_summary(model, args, implementation, len(samples)), flush=True)
@@ -318,8 +342,22 @@ def _context(args: argparse.Namespace, model: nn.Module, processor: Any) -> str:
             raise ValueError(f"--padding-side: expected --context padded, got {args.context}")
         return args.context
     may_be = args.implementation == "fused" and args.padding_side is None and not _records_graphs(args)
-    is_able = why_not_packed(processor) is None and family_of(model).full_attention(base_model(model))
+    is_able = family_of(model).why_not_packed is None and family_of(model).full_attention(base_model(model))
     return "shared" if may_be and is_able else "padded"
+
+
+def _feature_store(args: argparse.Namespace, model: nn.Module) -> FeatureStore | None:
+    """Where features of images are kept; none where nobody asks for it, or where they do not stay what they are."""
+    if not 0 < args.vision_cache_gib < math.inf:
+        raise ValueError(f"--vision-cache-gib: expected a number above 0, got {args.vision_cache_gib}")
+    if args.vision_cache in (None, Path("off")):
+        return None
+    reason = why_no_vision_cache(model)
+    if reason is not None:
+        print(f"--vision-cache: off, as {reason}", file=sys.stderr)
+        return None
+    model.to(PartialState(cpu=args.cpu).device)  # whose features they are
+    return cache_vision(model, args.vision_cache, most_bytes=max(1, int(args.vision_cache_gib * 2**30)))
 
 
 def _records_graphs(args: argparse.Namespace) -> bool:

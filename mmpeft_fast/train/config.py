@@ -35,6 +35,9 @@ class TrainConfig:
     """Samples per optimizer step, over all processes and accumulated micro-batches."""
     batch_size: Count = 16
     """Samples per forward on one process."""
+    tokens_per_batch: Count | None = None
+    """Tokens per forward on one process, padding included, in place of batch_size: each optimizer step's samples are
+    packed into as few batches as first-fit-decreasing finds."""
     order: Annotated[str, one_of("shuffled", "by-image")] = "shuffled"
     """Of samples: each for itself, or those of one image together, so that a batch's samples share their contexts."""
     gradient_checkpointing: bool = False
@@ -50,7 +53,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.global_batch_size % self.batch_size:
+        if self.tokens_per_batch is None and self.global_batch_size % self.batch_size:
             raise ValueError(
                 f"global_batch_size: expected a multiple of batch_size {self.batch_size}, got {self.global_batch_size}"
             )

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from mmpeft_fast.data import Packing
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
@@ -16,6 +18,7 @@ class SampleOrder:
 
     groups: a number for each sample; samples of one number stay together, in a random order among themselves, and so do
     they on a process. None: every sample for itself.
+    packing: cuts a global batch into micro-batches by their tokens instead of batch_size, as many on every process.
     """
 
     num_samples: int
@@ -25,6 +28,7 @@ class SampleOrder:
     process_index: int = 0
     num_processes: int = 1
     groups: tuple[int, ...] | None = None
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
         if self.groups is not None and len(self.groups) != self.num_samples:
@@ -32,7 +36,7 @@ class SampleOrder:
         if self.num_samples < self.num_processes:
             raise ValueError(f"data: expected at least {self.num_processes} samples, got {self.num_samples}")
         share = self.batch_size * self.num_processes
-        if self.global_batch_size % share:
+        if self.packing is None and self.global_batch_size % share:
             raise ValueError(
                 f"global_batch_size: expected a multiple of {share} (batch_size {self.batch_size} "
                 f"on {self.num_processes} processes), got {self.global_batch_size}"
@@ -55,6 +59,8 @@ class SampleOrder:
         order = _permutation(self.num_samples, self.seed + epoch, self.groups)
         chosen = order[start : start + self.global_batch_size]
         even = len(chosen) - len(chosen) % self.num_processes
+        if self.packing is not None:
+            return self.packing.batches(chosen[:even], self.num_processes)[self.process_index :: self.num_processes]
         if self.groups is None:
             mine = chosen[self.process_index : even : self.num_processes]
         else:

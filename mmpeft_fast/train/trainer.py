@@ -28,7 +28,7 @@ from accelerate.utils import (
 from torch import nn
 
 from mmpeft_fast.atomic import exclusive
-from mmpeft_fast.data import IGNORE_INDEX, Collator, Sample, without_hints
+from mmpeft_fast.data import FEATURES, IGNORE_INDEX, Collator, Packing, Sample, without_hints
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.peft_model import takes_hints, verify_fused
 from mmpeft_fast.small_batches import cut_batch, documents_batch
@@ -100,6 +100,7 @@ def train(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         groups=_images_of(dataset) if config.order == "by-image" else None,
+        packing=_packing(config.tokens_per_batch, dataset, collator),
     )
     writes = output is not None and accelerator.is_main_process
     with ExitStack() as held:
@@ -150,10 +151,14 @@ def train(
             while batches is not None and not interrupted:
                 tokens, supervised_tokens = run.sum(*_count(batches))
                 loss, grad_norm = run.backward(batches, supervised_tokens)
+                share = _kept_share(batches)
+                load_begin = time.perf_counter()
                 batches = next(steps, None)  # collated while the device still computes
+                data_s = time.perf_counter() - load_begin
                 row = run.update(float(loss), float(grad_norm))
                 now = time.perf_counter()
                 row |= run.advance(tokens, supervised_tokens, now - step_begin)
+                row |= {"data_s": data_s} | ({} if share is None else {"vision_hits": share})
                 step_begin = now
                 losses.append(row["loss"])
                 log.write(row)
@@ -271,12 +276,14 @@ class _Run:
 
     def verify(self, batches: list[dict[str, Any]]) -> None:
         """Compare a fused model with itself unfused on a few tokens of the first batch that carries a label, and unfuse
-        what differs. Where batches are documents, on tokens made for the model: in rows of their own, and as those."""
+        what differs. Where batches are documents or
+        have features for images, on tokens made for the model: in rows of their own, and as documents."""
         labelled = (batch for batch in batches if (batch["labels"][:, 1:] != IGNORE_INDEX).any())
         first = next(labelled, None)
-        if first is not None and "documents" in first:
+        if first is not None and ("documents" in first or FEATURES in first):
             verify_fused(self._model)
-            verify_fused(self._model, documents_batch(base_model(self._model).config))
+            if "documents" in first:
+                verify_fused(self._model, documents_batch(base_model(self._model).config))
         elif first is not None:
             verify_fused(self._model, cut_batch(first))
         self._takes_hints = takes_hints(self._model)
@@ -364,6 +371,30 @@ def _count(batches: list[dict[str, Any]]) -> tuple[int, int]:
     """Tokens without padding, and next-token targets, in a step's micro-batches."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return tokens, sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def _kept_share(batches: list[dict[str, Any]]) -> float | None:
+    """Of the images in a step's micro-batches, those whose features were there already; None where none are kept."""
+    images = [image for batch in batches for image in batch.get(FEATURES, ())]
+    return sum("output" in image for image in images) / len(images) if images else None
+
+
+def _packing(budget: int | None, dataset: Sequence[Sample], collator: Collator) -> Packing | None:
+    """Raises ValueError for a sample that alone has more tokens than a batch may."""
+    if budget is None:
+        return None
+    if not hasattr(collator, "packing"):
+        kind = type(collator).__name__
+        raise ValueError(f"tokens_per_batch: expected a collator that knows the samples' sizes, got {kind}")
+    samples = [dataset[index] for index in range(len(dataset))]
+    packing = collator.packing(samples, budget)
+    for index, sample in enumerate(samples):
+        if packing.tokens([index]) > budget:
+            raise ValueError(
+                f"{sample.source}: expected at most {budget} tokens (tokens_per_batch), got {packing.tokens([index])}; "
+                "raise it, or cut samples by max_length"
+            )
+    return packing
 
 
 def _images_of(dataset: Sequence[Sample]) -> tuple[int, ...]:

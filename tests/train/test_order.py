@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 
+from mmpeft_fast.data import Packing, Size
 from mmpeft_fast.train import SampleOrder
 
 
@@ -79,3 +80,18 @@ def test_groups_stay_on_a_process():
 def test_a_group_for_each_sample():
     with pytest.raises(ValueError, match="groups: expected one of each of 22 samples, got 3"):
         order(groups=(0, 1, 2))
+
+
+def test_token_budgets_cut_a_step_anew_and_alike_on_all_processes():
+    sizes = tuple(Size(1 + index % 7) for index in range(22))
+    options = {"packing": Packing(sizes=sizes, budget=10), "global_batch_size": 9}
+    whole = order(**options)
+    by_samples = order(global_batch_size=9, batch_size=9)
+    for step in range(2 * whole.steps_per_epoch):
+        batches = whole.micro_batches(step)
+        assert sorted(flat(batches)) == sorted(flat(by_samples.micro_batches(step)))
+        assert all(sum(sizes[index].length for index in batch) <= 10 for batch in batches)
+        ranks = [order(**options, process_index=rank, num_processes=2).micro_batches(step) for rank in (0, 1)]
+        assert len(ranks[0]) == len(ranks[1])
+        seen = flat(ranks[0]) + flat(ranks[1])
+        assert len(set(seen)) == len(seen) == len(flat(batches)) // 2 * 2 and set(seen) <= set(flat(batches))

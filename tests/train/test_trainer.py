@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from mmpeft_fast import LoRA, add_peft, fuse
 from mmpeft_fast.atomic import exclusive
-from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX
+from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, SharedContextCollator
 from mmpeft_fast.train import TrainConfig, seed_everything, train
 from mmpeft_fast.train.log import LOG
 from mmpeft_fast.train.state import PARAMETERS, _digest
@@ -54,6 +55,37 @@ def test_resume_is_bit_exact(run, tmp_path):
         assert torch.equal(ours, theirs)
     assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in rows(tmp_path / "out")] == full.losses
+
+
+def test_token_budgets_change_no_step(run, samples, collator):
+    by_samples = run(replace(CONFIG, batch_size=4), dtype=torch.float64, output=None)[1]
+    for how in (collator, SharedContextCollator(collator.processor)):
+        budget = 2 * max(size.length for size in how.packing(samples, 1).sizes)
+        packed = run(replace(CONFIG, tokens_per_batch=budget), dtype=torch.float64, output=None, collator=how)[1]
+        assert packed.losses == pytest.approx(by_samples.losses, rel=1e-6)
+        assert packed.supervised_tokens == by_samples.supervised_tokens
+
+
+def test_runs_with_a_token_budget_resume_bit_for_bit(run, samples, collator, tmp_path):
+    budget = 2 * max(size.length for size in collator.packing(samples, 1).sizes)
+    config = replace(CONFIG, tokens_per_batch=budget, batch_size=3)
+    whole, full = run(config, dropout=0.3, output=None)
+    run(config, dropout=0.3)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000006")
+    resumed, rest = run(config, dropout=0.3, resume=True)
+    assert rest.losses == full.losses[4:]
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match=rf"tokens_per_batch {budget} \(now {budget + 1}\)"):
+        run(replace(config, tokens_per_batch=budget + 1), resume=True)
+
+
+def test_a_sample_beyond_the_token_budget(run, samples, tmp_path):
+    with pytest.raises(ValueError, match=r"expected at most 8 tokens \(tokens_per_batch\), got \d+; raise it, or cut"):
+        run(replace(CONFIG, tokens_per_batch=8))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="expected a collator that knows the samples' sizes, got function"):
+        run(replace(CONFIG, tokens_per_batch=8), collator=lambda samples: samples)
 
 
 def test_dropout_is_what_makes_resuming_hard(run):
@@ -97,7 +129,7 @@ def test_rows_are_complete_and_finite(run, tmp_path):
     _, result = run(replace(CONFIG, log_every=4))
     logged = rows(tmp_path / "out")
     assert [row["step"] for row in logged] == [4, 6]
-    fields = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "supervised_tokens", "peak_mib", "elapsed_s"]
+    fields = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "supervised_tokens", "peak_mib", "elapsed_s", "data_s"]
     for row in logged:
         assert list(row) == fields
         assert all(row[name] > 0 for name in fields)
