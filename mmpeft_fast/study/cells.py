@@ -176,7 +176,7 @@ def _sources_digest() -> str:
     """Digest of the sources a number can depend on, so that a row is never reused for code that has changed since."""
     package = Path(__file__).parents[1]
     shown_only = {"cli.py", "doctor.py", "__main__.py"} | {
-        f"study/{name}.py" for name in ("command", "run", "progress", "table", "report", "charts")
+        f"study/{name}.py" for name in ("command", "run", "progress", "table", "report", "charts", "data_check")
     }
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

@@ -1,12 +1,17 @@
 """`mmpeft-fast study`: options, the run, the table and the report."""
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
 
 from mmpeft_fast.study.cells import DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
 
+# What the study does besides running, and the module that does it.
+ACTIONS = {
+    "data": ("mmpeft_fast.study.data_check", "check DIR: which data sets are there, complete, and where to get them"),
+}
 EPILOG = """\
 examples:
   mmpeft-fast study                                        all cells, about 8 minutes on 2 CPU cores
@@ -28,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "writes results.jsonl, report.html and a table."
     )
     parser.epilog = EPILOG
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="in place of a run:")
+    for name, (module, summary) in ACTIONS.items():
+        action = actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        importlib.import_module(module).add_arguments(action)
 
     cells = parser.add_argument_group("which cells")
     cells.add_argument("--models", nargs="+", metavar="M", help=f"any of: {', '.join(TINY_MODELS)} (default: all)")
@@ -62,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the study as asked; returns 0, or 1 if a cell failed. Bad input raises ValueError before anything runs."""
+    """Runs the study, or one of `ACTIONS`; returns 0, or 1 if a cell failed. Bad input raises ValueError first."""
+    if args.action is not None:
+        return importlib.import_module(ACTIONS[args.action][0]).run(args)
     from mmpeft_fast.study.report import write_report
     from mmpeft_fast.study.run import RESULTS_NAME, newest_rows, read_rows, run_study
     from mmpeft_fast.study.table import terminal_table
