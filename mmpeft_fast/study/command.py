@@ -10,6 +10,9 @@ from mmpeft_fast.study.cells import DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, T
 
 # What the study does besides running, and the module that does it.
 ACTIONS = {
+    "recipes": ("mmpeft_fast.study.recipes.command", "the papers' experiments, which `study --recipe NAME` runs"),
+    "status": ("mmpeft_fast.study.status", "what is done, what failed and why, and what is still to come"),
+    "diff": ("mmpeft_fast.study.diff", "the same cells of two runs side by side"),
     "data": ("mmpeft_fast.study.data_check", "check DIR: which data sets are there, complete, and where to get them"),
 }
 EPILOG = """\
@@ -18,6 +21,7 @@ examples:
   mmpeft-fast study --methods lora ia3 --models tiny-llava  some of them
   mmpeft-fast study --data mine.json --images pictures/     your own conversations
   mmpeft-fast study --base path/to/llava-1.5-7b --dtype bf16 --steps 20 --batch-size 4
+  mmpeft-fast study --recipe location --small               an experiment of the papers, on the tiny models
   mmpeft-fast study --report-only                           write the report again from results.jsonl
 
 Cells that are in results.jsonl already are skipped; Ctrl-C keeps what is done, and the same command goes on.
@@ -45,6 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--implementations", nargs="+", metavar="I", help=f"any of: {', '.join(IMPLEMENTATIONS)} (default: all)"
     )
     cells.add_argument("--redo", action="store_true", help="run cells again that have a row already")
+
+    recipes = parser.add_argument_group("a paper's experiment (`study recipes` lists them)")
+    recipes.add_argument("--recipe", metavar="NAME", help="run its cells; --models, --methods and --redo choose")
+    recipes.add_argument("--small", action="store_true", help="on the tiny models and easy-vqa, in minutes")
+    recipes.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="a folder with each model's checkpoint in a folder of its name",
+    )
+    recipes.add_argument("--datasets", type=Path, metavar="DIR", help="the folder of all data sets")
 
     inputs = parser.add_argument_group("models and data")
     inputs.add_argument("--base", metavar="PATH|NAME", help="a real checkpoint in place of the tiny models")
@@ -74,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
     """Runs the study, or one of `ACTIONS`; returns 0, or 1 if a cell failed. Bad input raises ValueError first."""
     if args.action is not None:
         return importlib.import_module(ACTIONS[args.action][0]).run(args)
+    if args.recipe is not None:
+        from mmpeft_fast.study.recipes.command import run_named
+
+        return run_named(args, threads=args.threads or _num_cores(), device=_device(args.device))
     from mmpeft_fast.study.report import write_report
     from mmpeft_fast.study.run import RESULTS_NAME, newest_rows, read_rows, run_study
     from mmpeft_fast.study.table import terminal_table

@@ -190,7 +190,9 @@ def test_every_metric_by_its_name():
     captions = [sample("x y", ("x y",)), sample("z", ("z",))]
     assert score("cider", ["x y", "z"], captions) == {"cider": pytest.approx(3.75)}
     assert score("hallucination", ["a dog"], [sample("a cat")])["chair_s"] == 1.0
-    assert len(METRICS) == 6
+    assert score("false_yes", ["yes", "no", "yes"], [sample("no"), sample("no"), sample("yes")]) == {"false_yes": 0.5}
+    assert score("false_yes", ["yes"], [sample("yes")]) == {"false_yes": 0.0}
+    assert len(METRICS) == 7
 
 
 @pytest.mark.parametrize(

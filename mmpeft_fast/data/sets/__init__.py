@@ -1,6 +1,7 @@
-"""The study's published data sets: one file each, and one line in `SETS`."""
+"""The study's published data sets: one file each, and one line in `SETS`; and the small study's, `EASY_VQA_SETS`."""
 
 from mmpeft_fast.data.sets.dataset import DataSet, TaskSample
+from mmpeft_fast.data.sets.easy_vqa import EASY_VQA_SETS
 from mmpeft_fast.data.sets.flickr30k import FLICKR30K
 from mmpeft_fast.data.sets.iconqa import ICONQA_BLANK, ICONQA_TXT
 from mmpeft_fast.data.sets.llava import LLAVA
@@ -12,7 +13,7 @@ from mmpeft_fast.data.sets.science_qa import SCIENCE_QA
 from mmpeft_fast.data.sets.vizwiz import VIZWIZ
 from mmpeft_fast.data.sets.vqav2 import VQAV2
 
-__all__ = ["SETS", "BadRecords", "DataSet", "TaskSample", "decodable", "fitting", "load_set"]
+__all__ = ["EASY_VQA_SETS", "SETS", "BadRecords", "DataSet", "TaskSample", "decodable", "fitting", "load_set"]
 
 SETS: dict[str, DataSet] = {
     each.name: each

@@ -38,9 +38,7 @@ def records(questions_path: Path, annotations_path: Path) -> Iterator[tuple[str,
 
 def sample(record: Any, place: Place) -> TaskSample:
     """A question whose answer in training is the one that most of the ten people gave."""
-    answers = [take_text(each, "answer") for each in take(record, "answers", list[dict])]
-    if not answers:
-        raise ValueError("answers: expected those of ten people, got none")
+    answers = take_answers(record)
     image = coco_image(place.root, place.split, take(record, "image_id", int))
     prompt = prompts.vqa(take_text(record, "question"))
     return question(place, take(record, "question_id", int), prompt, most_common(answers), image, references=answers)

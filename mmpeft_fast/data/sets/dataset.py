@@ -96,9 +96,17 @@ def take_texts(record: Any, name: str) -> tuple[str, ...]:
     return texts
 
 
+def take_answers(record: Any) -> list[str]:
+    """What people answered, as the VQA sets list it; some may have written nothing. Raises ValueError."""
+    answers = [take(each, "answer", str).strip() for each in take(record, "answers", list[dict])]
+    if not any(answers):
+        raise ValueError(f"answers: expected those of ten people, got {shown(answers)}")
+    return answers
+
+
 def most_common(answers: Sequence[str]) -> str:
     """The answer that most people gave; among equals the one that was given first."""
-    return Counter(answers).most_common(1)[0][0]
+    return Counter(filter(None, answers)).most_common(1)[0][0]
 
 
 def existing(*paths: Path) -> Path:

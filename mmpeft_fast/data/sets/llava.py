@@ -1,4 +1,4 @@
-"""LLaVA-1.5's instruction data (Liu et al. 2023) as conversation JSON, with the images where its README puts them."""
+"""LLaVA's instruction data (Liu et al. 2023) as conversation JSON, with the images where its README puts them."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 from mmpeft_fast.data.conversations import Sample, conversation, entries
 from mmpeft_fast.data.sets.dataset import DataSet, Place, TaskSample
 
-# The file and what its images are relative to: the mixture of all sets, and COCO's alone.
+_COCO = "llava/images/coco/train2017"
+# The file and what its images are relative to: LLaVA-1.5's mixture, the first LLaVA's data, and its dialogues alone.
 _FILES = {
     "mix665k": ("llava/llava_v1_5_mix665k.json", "llava/images"),
-    "instruct150k": ("llava/llava_instruct_150k.json", "llava/images/coco/train2017"),
+    "instruct150k": ("llava/llava_instruct_150k.json", _COCO),
+    "conversation58k": ("llava/conversation_58k.json", _COCO),
 }
 
 

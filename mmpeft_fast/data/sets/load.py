@@ -59,11 +59,16 @@ def load_set(
     if limit is not None:
         random.Random(seed).shuffle(records)
     samples: list[TaskSample] = []
+    images: set[Path | None] = set()  # whose headers have been read
     for index, (where, record) in records:
         if len(samples) == limit:
             break
         try:
-            samples.append(_sample(data_set, record, Place(root, split, where, random.Random(f"{seed} {index}"))))
+            sample = _sample(data_set, record, Place(root, split, where, random.Random(f"{seed} {index}")))
+            if sample.image not in images:
+                sample.check_image()
+                images.add(sample.image)
+            samples.append(sample)
         except ValueError as error:
             bad.add(error)
     if len(samples) < (1 if limit is None else limit):
@@ -76,11 +81,9 @@ def load_set(
 
 def _sample(data_set: DataSet, record: object, place: Place) -> TaskSample:
     try:
-        sample = data_set.sample(record, place)
+        return data_set.sample(record, place)
     except ValueError as error:
         raise ValueError(f"{place.where}: {str(error).removeprefix(f'{place.where}: ')}") from error
-    sample.check_image()
-    return sample
 
 
 def decodable(samples: Iterable[TaskSample], bad: BadRecords) -> list[TaskSample]:

@@ -15,7 +15,6 @@ from mmpeft_fast.data.sets.dataset import (
     read_as,
     take,
     take_text,
-    take_texts,
 )
 
 _FILE, _IMAGES = "ocrvqa/dataset.json", "ocrvqa/images"
@@ -36,13 +35,15 @@ def _records(root: Path, split: str) -> Iterator[tuple[str, Any]]:
 def _sample(record: Any, place: Place) -> TaskSample:
     name, index, book = record
     take(book, "split", int)
-    asked, answers = take_texts(book, "questions"), take_texts(book, "answers")
+    asked, answers = take(book, "questions", list[str]), take(book, "answers", list[str])
     if len(asked) != len(answers):
         raise ValueError(f"answers: expected one for each of {len(asked)} questions, got {len(answers)}")
+    if not (asked[index].strip() and answers[index].strip()):
+        raise ValueError(f"expected a question and an answer, got {asked[index]!r} and {answers[index]!r}")
     # The publisher's downloader names a file by its address; others save them all as .jpg.
     suffix = PurePosixPath(urlparse(take_text(book, "imageURL")).path).suffix
     image = existing(place.root / _IMAGES / f"{name}{suffix}", place.root / _IMAGES / f"{name}.jpg")
-    return question(place, f"{name}-{index}", prompts.vqa(asked[index]), answers[index], image)
+    return question(place, f"{name}-{index}", prompts.vqa(asked[index].strip()), answers[index].strip(), image)
 
 
 OCR_VQA = DataSet(

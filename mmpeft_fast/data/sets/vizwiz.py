@@ -17,7 +17,6 @@ from mmpeft_fast.data.sets.dataset import (
     most_common,
     question,
     read_as,
-    take,
     take_text,
 )
 
@@ -33,9 +32,7 @@ def _records(root: Path, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _sample(record: Any, place: Place) -> TaskSample:
-    answers = [take_text(each, "answer") for each in take(record, "answers", list[dict])]
-    if not answers:
-        raise ValueError("answers: expected those of ten people, got none")
+    answers = take_answers(record)
     name = take_text(record, "image")
     image = existing(place.root / "vizwiz" / place.split / name)
     prompt = prompts.vizwiz(take_text(record, "question"))
