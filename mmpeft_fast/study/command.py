@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with each model's checkpoint in a folder of its name",
     )
     recipes.add_argument("--datasets", type=Path, metavar="DIR", help="the folder of all data sets")
+    recipes.add_argument(
+        "--refuse-bad-records",
+        action="store_true",
+        help="a record that cannot be used ends its cell (default: skipped)",
+    )
 
     inputs = parser.add_argument_group("models and data")
     inputs.add_argument("--base", metavar="PATH|NAME", help="a real checkpoint in place of the tiny models")
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the study, or one of `ACTIONS`; returns 0, or 1 if a cell failed. Bad input raises ValueError first."""
     if args.action is not None:
         return importlib.import_module(ACTIONS[args.action][0]).run(args)
+    _check_recipe_options(args)
     if args.recipe is not None:
         from mmpeft_fast.study.recipes.command import run_named
 
@@ -140,6 +146,19 @@ def _config(args: argparse.Namespace) -> StudyConfig:
     if config.base is not None:
         _check_base(config.base)
     return config
+
+
+def _check_recipe_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that mean nothing beside, or without, --recipe."""
+    only_without = ("implementations", "base", "data", "images", "steps", "batch_size", "eval_samples", "seed", "dtype")
+    defaults = {name: StudyConfig.__dataclass_fields__[name].default for name in only_without} | {
+        "implementations": None
+    }
+    only_with = dict.fromkeys(("small", "refuse_bad_records"), False) | dict.fromkeys(("checkpoints", "datasets"))
+    for name, default in (only_with if args.recipe is None else defaults).items():
+        if getattr(args, name) != default:
+            beside = "only beside" if args.recipe is None else "not beside"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {beside} --recipe, got {getattr(args, name)!s}")
 
 
 def _num_cores() -> int:

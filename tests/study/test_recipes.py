@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from mmpeft_fast import cli
 from mmpeft_fast.data.sets import EASY_VQA_SETS, SETS
@@ -117,6 +118,20 @@ def test_what_is_missing_is_one_sentence(tmp_path, capsys):
         "the data sets llava (conversation58k, instruct150k), vqav2 (val), flickr30k (test), pope (adversarial)" in err
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--recipe", "size", "--small", "--steps", "3"], "--steps: expected not beside --recipe, got 3"),
+        (["--recipe", "size", "--small", "--implementations", "peft"], "--implementations: expected not beside"),
+        (["--small"], "--small: expected only beside --recipe"),
+        (["--datasets", "x"], "--datasets: expected only beside --recipe, got x"),
+    ],
+)
+def test_options_of_the_study_and_of_a_recipe(words, said, capsys):
+    assert cli.main(["study", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def outcome(spec: dict) -> dict:
@@ -256,6 +271,24 @@ def test_several_questions_an_image_and_a_length(tiny_base, implementation):
     assert shared["scores"] == [] and shared["num_samples"] == 8
     long = measure(small_cell(length=256, **common), **run)
     assert long["tokens_per_step"] == pytest.approx(apart["tokens_per_step"], rel=0.1)  # padding is not counted
+
+
+def test_a_bad_record_is_left_out_and_counted_or_ends_the_cell(tiny_base, tmp_path):
+    folder = tmp_path / "iconqa_data/iconqa/train/fill_in_blank"
+    for index, answer in enumerate(("4", "5", None)):
+        (folder / str(index)).mkdir(parents=True)
+        (folder / str(index) / "data.json").write_text(json.dumps({"question": "(_)?", "answer": answer}))
+        Image.new("RGB", (40, 40), "red").save(folder / str(index) / "image.png")
+    data = Data(name="iconqa-blank", split="train", size=2)
+    cell = small_cell(
+        data=data, evaluations=(data,), training={"max_steps": 1, "global_batch_size": 2, "batch_size": 2}
+    )
+    run = {"base": tiny_base, "datasets": str(tmp_path), "threads": torch.get_num_threads(), "device": "cpu"}
+    row = measure(cell, **run)
+    assert row["num_samples"] == 2 and row["num_bad_records"] == 2  # in training and in the test
+    assert "2/data.json: answer: expected a text, got None" in row["bad_records"][0]
+    with pytest.raises(ValueError, match="answer: expected a text, got None"):
+        measure(cell, **run, refuse_bad_records=True)
 
 
 def test_the_base_alone_is_tested_and_not_trained(tiny_base):

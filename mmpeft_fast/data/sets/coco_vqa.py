@@ -13,6 +13,7 @@ from mmpeft_fast.data.sets.dataset import (
     question,
     read_field,
     take,
+    take_answers,
     take_text,
 )
 

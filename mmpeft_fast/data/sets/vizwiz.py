@@ -17,6 +17,7 @@ from mmpeft_fast.data.sets.dataset import (
     most_common,
     question,
     read_as,
+    take_answers,
     take_text,
 )
 

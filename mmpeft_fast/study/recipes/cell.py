@@ -1,7 +1,7 @@
 """A recipe's cell in a process of its own: `python -m mmpeft_fast.study.recipes.cell --spec JSON --out FILE`.
 
 Trains with the package's trainer and evaluates with the data sets' own metrics. A record that cannot be used is left
-out, and the row counts it.
+out, and the row counts it, or it ends the cell (refuse_bad_records).
 """
 
 import math
@@ -37,7 +37,9 @@ _ANSWER_TOKENS = {"cider": 64, "hallucination": 64}  # of captions; other answer
 _SHORT_ANSWER_TOKENS = 16
 
 
-def measure(cell: RecipeCell, *, base: str, datasets: str, threads: int, device: str) -> dict[str, Any]:
+def measure(
+    cell: RecipeCell, *, base: str, datasets: str, threads: int, device: str, refuse_bad_records: bool = False
+) -> dict[str, Any]:
     """Runs a cell: the fields of its row.
 
     base: folder or name of the checkpoint it starts from. datasets: the folder of all data sets.
@@ -45,7 +47,7 @@ def measure(cell: RecipeCell, *, base: str, datasets: str, threads: int, device:
     torch.set_num_threads(threads)
     model, processor = load_pretrained(base, dtype=DTYPES[cell.dtype])
     model.to(device)
-    bad = BadRecords(skip=True)
+    bad = BadRecords(skip=not refuse_bad_records)
     collator = _collator(cell, processor)
     plain = Collator(processor, max_length=MAX_LENGTH)
     tests = [(each, _load(each, datasets, plain, cell.seed, bad)) for each in cell.evaluations]
@@ -162,7 +164,7 @@ def _cell_of(fields: dict) -> RecipeCell:
 
 def _run(job: dict) -> dict:
     load_plugins()
-    options = {name: job[name] for name in ("base", "datasets", "threads", "device")}
+    options = {name: job[name] for name in ("base", "datasets", "threads", "device", "refuse_bad_records")}
     return measure(_cell_of(job["spec"]), **options)
 
 

@@ -83,6 +83,7 @@ def run_named(args: argparse.Namespace, *, threads: int, device: str) -> int:
             device=device,
             pretrain_steps=args.pretrain_steps,
             redo=args.redo,
+            refuse_bad_records=args.refuse_bad_records,
         )
     )
     entries = summary(recipe, rows, any_model=args.small)

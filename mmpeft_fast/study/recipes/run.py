@@ -35,6 +35,7 @@ class RecipeRun:
     device: str
     pretrain_steps: int = StudyConfig.pretrain_steps
     redo: bool = False
+    refuse_bad_records: bool = False
 
     @property
     def results_path(self) -> Path:
@@ -131,7 +132,7 @@ def _run_cell(run: RecipeRun, cell: RecipeCell, base: Path, broken: str | None, 
         job = {"spec": asdict(cell), "base": str(base), "datasets": str(run.datasets or "")}
         outcome = run_job(
             "mmpeft_fast.study.recipes.cell",
-            {**job, "threads": run.threads, "device": run.device},
+            {**job, "threads": run.threads, "device": run.device, "refuse_bad_records": run.refuse_bad_records},
             log_path=run.output / "logs" / f"{cell.name.replace('/', '_').replace(' ', '-')}-{cell.key}.log",
             threads=run.threads,
             offline=True,
