@@ -30,7 +30,7 @@ SHARED = {
 ALLOWED = {
     "cli": {"study", "plan", "profiling", "train", "doctor", "benchmarks", "version", "plugins"},
     "__main__": {"cli"},
-    "study": {"doctor", "train", "data", "plugins"} | PEFT_MODEL | CORE,
+    "study": {"plan", "doctor", "train", "data", "plugins"} | PEFT_MODEL | CORE,
     "plan": {"doctor", "train", "data"} | PEFT_MODEL | CORE,
     "profiling": {"plan", "doctor", "train", "data"} | PEFT_MODEL | CORE,
     "train": {"data", "doctor"} | PEFT_MODEL | {"methods", "models"},

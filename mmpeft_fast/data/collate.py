@@ -81,8 +81,8 @@ class Collator:
             raise ValueError(f"tokenizer: expected a fast one, which knows offsets, got {type(tokenizer).__name__}")
         if not processor.chat_template:
             raise ValueError(f"processor: expected a chat template, {type(processor).__name__} has none")
-        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if self._pad_token_id is None:
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self.pad_token_id is None:
             raise ValueError(
                 f"tokenizer: expected a padding or an end-of-sequence token, {type(tokenizer).__name__} has neither"
             )
@@ -236,24 +236,31 @@ class Collator:
                 )
 
     def encode_prompt(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """The first question with the generation prompt and no answer, as a batch of one for `model.generate`.
+        """`encode_prompts` of one sample."""
+        return self.encode_prompts([sample])
 
-        Returns `input_ids`, `attention_mask` [1, T] int64, the image inputs, and `mm_token_type_ids` where the
-        processor has them. Raises ValueError as `__call__` does.
+    def encode_prompts(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """The first questions of B samples with the generation prompt and no answer, as a batch for `model.generate`.
+
+        Returns `input_ids`, `attention_mask` [B, T] int64, padded on the left whatever `padding_side` says, the image
+        inputs, and `mm_token_type_ids` where the processor has them. Raises ValueError as `__call__` does; nothing is
+        cut at max_length.
         """
-        self.check([sample])
+        self.check(samples)
         if self._encode_chat:
-            input_ids = torch.tensor([self._chat(sample, sample.messages()[:1], add_generation_prompt=True).input_ids])
-            return {
-                "input_ids": input_ids,
-                "attention_mask": torch.ones_like(input_ids),
-                **self._image_inputs([sample]),
-            }
-        text = self._template(sample.messages()[:1], add_generation_prompt=True)
-        self._check_placeholders(sample, text)
-        rows, image_inputs = self._tokenize([sample], [text])
-        rows[0].pop("offset_mapping")
-        return {**self._pad(rows), **image_inputs}
+            rows, image_inputs = [], self._image_inputs(samples)
+            for sample in samples:
+                chat = self._chat(sample, sample.messages()[:1], add_generation_prompt=True)
+                input_ids = torch.tensor(chat.input_ids)
+                rows.append({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+        else:
+            texts = [self._template(sample.messages()[:1], add_generation_prompt=True) for sample in samples]
+            for sample, text in zip(samples, texts):
+                self._check_placeholders(sample, text)
+            rows, image_inputs = self._tokenize(samples, texts)
+            for row in rows:
+                row.pop("offset_mapping")
+        return {**self._pad(rows, "left"), **image_inputs}
 
     def _template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         if self._is_text_only:  # whose templates take the content as a string
@@ -427,18 +434,19 @@ class Collator:
         for name, value in row.items():
             row[name] = value[: self.max_length]
 
-    def _pad(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Stack rows of unequal length into [B, T], each kind with its own padding value."""
-        padding = {"input_ids": self._pad_token_id, "labels": IGNORE_INDEX}
+    def _pad(self, rows: list[dict[str, torch.Tensor]], side: str | None = None) -> dict[str, torch.Tensor]:
+        """Stack rows of unequal length into [B, T], each kind with its own padding value; `side` wins."""
+        side = side or self.padding_side
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
         missing = -max(len(row["input_ids"]) for row in rows) % self.multiple_of
-        further = (missing, 0) if self.padding_side == "left" else (0, missing)
+        further = (missing, 0) if side == "left" else (0, missing)
         batch = {}
         for name in rows[0]:
             value = padding.get(name, 0)
             parts = [row[name] for row in rows]
             if name == "labels":  # a row's first token is nobody's target: not that of padding before it either
                 parts = [torch.cat((labels.new_full((1,), IGNORE_INDEX), labels[1:])) for labels in parts]
-            stacked = pad_sequence(parts, batch_first=True, padding_value=value, padding_side=self.padding_side)
+            stacked = pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
             batch[name] = torch.nn.functional.pad(stacked, further, value=value)
         return batch
 

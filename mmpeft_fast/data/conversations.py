@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from mmpeft_fast.fields import shown
-from mmpeft_fast.json_text import parse
+from mmpeft_fast.json_text import lines, parse, read_utf8
 
 IMAGE_MARK = "<image>"
 _ROLES = ("human", "gpt")
@@ -115,10 +115,10 @@ def load_conversations(
 
     known_images: set[Path] = set()
     samples = []
-    for where, entry in _entries(path):
+    for where, entry in entries(path):
         if limit is not None and len(samples) == limit:
             break
-        samples.append(_parse(entry, where, folder, known_images, images_anywhere))
+        samples.append(conversation(entry, where, folder, known_images, images_anywhere))
     if not samples:
         raise ValueError(f"{path}: expected at least one conversation, the file holds none")
     return samples
@@ -147,28 +147,25 @@ def data_digest(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each entry with the words that say where it stands."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable UTF-8 text file ({error})") from error
+def entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each entry of a JSON list or of JSON lines with the words that say where it stands."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                where = f"{path} line {number}"
-                yield where, parse(line, where)
+        yield from lines(path)
         return
+    text = read_utf8(path)
     if not text.strip():
         raise ValueError(f"{path}: expected a JSON list of conversations, the file is empty")
-    entries = parse(text, str(path))
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a JSON list of conversations, got {_kind(entries)}")
-    for index, entry in enumerate(entries):
+    found = parse(text, str(path))
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a JSON list of conversations, got {_kind(found)}")
+    for index, entry in enumerate(found):
         yield f"{path} entry {index}", entry
 
 
-def _parse(entry: Any, where: str, folder: Path | None, known_images: set[Path], images_anywhere: bool) -> Sample:
+def conversation(
+    entry: Any, where: str, folder: Path | None, known_images: set[Path], images_anywhere: bool = False
+) -> Sample:
+    """One entry as a sample, with its image in `known_images`. Raises ValueError that begins with `where`."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object with id, image and conversations, got {_kind(entry)}")
     if "id" in entry:

@@ -25,7 +25,7 @@ def easy_vqa_conversations(
     """
     if split not in SPLITS:
         raise ValueError(f"easy-vqa: expected split 'train' or 'test', got {split!r}")
-    package = _package_folder()
+    package = package_folder()
     questions = json.loads((package / "data" / split / "questions.json").read_text(encoding="utf-8"))
     size = len(questions) if limit is None else limit
     if not 1 <= size <= len(questions):
@@ -75,7 +75,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _package_folder() -> Path:
+def package_folder() -> Path:
     """Where the package keeps its data, found without importing it."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:

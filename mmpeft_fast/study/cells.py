@@ -81,7 +81,7 @@ class BaseSpec:
     @property
     def key(self) -> str:
         """Identifies this base, the package's sources and its packages' versions: 12 hexadecimal digits."""
-        return _key(asdict(self))
+        return spec_key(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class CellSpec:
     @property
     def key(self) -> str:
         """Identifies this cell, the package's sources and its packages' versions: 12 hexadecimal digits."""
-        return _key(asdict(self))
+        return spec_key(asdict(self))
 
 
 def plan(config: StudyConfig) -> tuple[list[BaseSpec], list[CellSpec]]:
@@ -166,7 +166,8 @@ def _require_known(what: str, names: tuple[str, ...], known) -> None:
         raise ValueError(f"{what}: expected each name once, got {', '.join(names)}")
 
 
-def _key(spec: dict) -> str:
+def spec_key(spec: dict) -> str:
+    """Identifies a specification, the package's sources and its packages' versions: 12 hexadecimal digits."""
     text = json.dumps([spec, versions(), _sources_digest()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -176,7 +177,11 @@ def _sources_digest() -> str:
     """Digest of the sources a number can depend on, so that a row is never reused for code that has changed since."""
     package = Path(__file__).parents[1]
     shown_only = {"cli.py", "doctor.py", "__main__.py"} | {
-        f"study/{name}.py" for name in ("command", "run", "progress", "table", "report", "charts")
+        f"study/{name}.py"
+        for name in (
+            *("command", "run", "progress", "table", "report", "charts", "data_check", "status", "diff"),
+            *("recipes/command", "recipes/cost", "recipes/run", "recipes/table"),
+        )
     }
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

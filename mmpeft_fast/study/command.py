@@ -1,18 +1,27 @@
 """`mmpeft-fast study`: options, the run, the table and the report."""
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
 
 from mmpeft_fast.study.cells import DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
 
+# What the study does besides running, and the module that does it.
+ACTIONS = {
+    "recipes": ("mmpeft_fast.study.recipes.command", "the papers' experiments, which `study --recipe NAME` runs"),
+    "status": ("mmpeft_fast.study.status", "what is done, what failed and why, and what is still to come"),
+    "diff": ("mmpeft_fast.study.diff", "the same cells of two runs side by side"),
+    "data": ("mmpeft_fast.study.data_check", "check DIR: which data sets are there, complete, and where to get them"),
+}
 EPILOG = """\
 examples:
   mmpeft-fast study                                        all cells, about 8 minutes on 2 CPU cores
   mmpeft-fast study --methods lora ia3 --models tiny-llava  some of them
   mmpeft-fast study --data mine.json --images pictures/     your own conversations
   mmpeft-fast study --base path/to/llava-1.5-7b --dtype bf16 --steps 20 --batch-size 4
+  mmpeft-fast study --recipe location --small               an experiment of the papers, on the tiny models
   mmpeft-fast study --report-only                           write the report again from results.jsonl
 
 Cells that are in results.jsonl already are skipped; Ctrl-C keeps what is done, and the same command goes on.
@@ -28,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "writes results.jsonl, report.html and a table."
     )
     parser.epilog = EPILOG
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", help="in place of a run:")
+    for name, (module, summary) in ACTIONS.items():
+        action = actions.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        importlib.import_module(module).add_arguments(action)
 
     cells = parser.add_argument_group("which cells")
     cells.add_argument("--models", nargs="+", metavar="M", help=f"any of: {', '.join(TINY_MODELS)} (default: all)")
@@ -36,6 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--implementations", nargs="+", metavar="I", help=f"any of: {', '.join(IMPLEMENTATIONS)} (default: all)"
     )
     cells.add_argument("--redo", action="store_true", help="run cells again that have a row already")
+
+    recipes = parser.add_argument_group("a paper's experiment (`study recipes` lists them)")
+    recipes.add_argument("--recipe", metavar="NAME", help="run its cells; --models, --methods and --redo choose")
+    recipes.add_argument("--small", action="store_true", help="on the tiny models and easy-vqa, in minutes")
+    recipes.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="a folder with each model's checkpoint in a folder of its name",
+    )
+    recipes.add_argument("--datasets", type=Path, metavar="DIR", help="the folder of all data sets")
+    recipes.add_argument(
+        "--refuse-bad-records",
+        action="store_true",
+        help="a record that cannot be used ends its cell (default: skipped)",
+    )
 
     inputs = parser.add_argument_group("models and data")
     inputs.add_argument("--base", metavar="PATH|NAME", help="a real checkpoint in place of the tiny models")
@@ -62,7 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the study as asked; returns 0, or 1 if a cell failed. Bad input raises ValueError before anything runs."""
+    """Runs the study, or one of `ACTIONS`; returns 0, or 1 if a cell failed. Bad input raises ValueError first."""
+    if args.action is not None:
+        return importlib.import_module(ACTIONS[args.action][0]).run(args)
+    _check_recipe_options(args)
+    if args.recipe is not None:
+        from mmpeft_fast.study.recipes.command import run_named
+
+        return run_named(args, threads=args.threads or _num_cores(), device=_device(args.device))
     from mmpeft_fast.study.report import write_report
     from mmpeft_fast.study.run import RESULTS_NAME, newest_rows, read_rows, run_study
     from mmpeft_fast.study.table import terminal_table
@@ -110,6 +146,19 @@ def _config(args: argparse.Namespace) -> StudyConfig:
     if config.base is not None:
         _check_base(config.base)
     return config
+
+
+def _check_recipe_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that mean nothing beside, or without, --recipe."""
+    only_without = ("implementations", "base", "data", "images", "steps", "batch_size", "eval_samples", "seed", "dtype")
+    defaults = {name: StudyConfig.__dataclass_fields__[name].default for name in only_without} | {
+        "implementations": None
+    }
+    only_with = dict.fromkeys(("small", "refuse_bad_records"), False) | dict.fromkeys(("checkpoints", "datasets"))
+    for name, default in (only_with if args.recipe is None else defaults).items():
+        if getattr(args, name) != default:
+            beside = "only beside" if args.recipe is None else "not beside"
+            raise ValueError(f"--{name.replace('_', '-')}: expected {beside} --recipe, got {getattr(args, name)!s}")
 
 
 def _num_cores() -> int:

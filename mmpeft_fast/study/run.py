@@ -15,7 +15,7 @@ from mmpeft_fast.study.inputs import Inputs, prepare_inputs
 from mmpeft_fast.study.process import run_job
 from mmpeft_fast.study.progress import Progress
 
-RESULTS_NAME = "results.jsonl"
+RESULTS_NAME, PLAN_NAME = "results.jsonl", "plan.json"
 # What a cell measures; a failed cell's row holds None for each.
 MEASURED = (
     "baseline",
@@ -61,18 +61,19 @@ def run_study(config: StudyConfig) -> list[dict]:
     bases, cells = plan(config)
     pending = [cell for cell in cells if config.redo or rows.get(cell.key, {}).get("status") != "ok"]
     wanted = {cell.base for cell in pending}
-    missing = [base for base in bases if base.key in wanted and not _base_folder(config, base).exists()]
+    missing = [base for base in bases if base.key in wanted and not base_folder(config, base).exists()]
     (config.output / "logs").mkdir(parents=True, exist_ok=True)
+    store_plan(config.output, {cell.key: cell.name for cell in cells})
 
     progress = Progress(["base"] * len(missing) + ["cell"] * len(pending))
     num_done = 0
     try:
-        broken = {base.key: reason for base in missing if (reason := _make_base(config, base, inputs, progress))}
+        broken = {base.key: reason for base in missing if (reason := make_base(config, base, inputs, progress))}
         for cell in pending:
             row = _run_cell(config, cell, inputs, bases, broken, progress)
             if row["status"] == "failed":
                 progress.say(f"failed: {cell.name}: {row['reason']}")
-            _store(results_path, row)
+            store_row(results_path, row)
             num_done += 1
     except KeyboardInterrupt:
         message = f"{num_done} of {len(pending)} cells are done; the same command goes on from here"
@@ -111,19 +112,24 @@ def _usual_order() -> list[tuple[str, str]]:
     return [(cell.method, cell.implementation) for cell in plan(StudyConfig(output=Path(), models=("tiny-llava",)))[1]]
 
 
-def _store(path: Path, row: dict) -> None:
+def store_plan(folder: Path, cells: dict[str, str]) -> None:
+    """Writes down which cells a run has, by key and name, so that `study status` knows what is still to come."""
+    write_text(folder / PLAN_NAME, json.dumps(cells, indent=1))
+
+
+def store_row(path: Path, row: dict) -> None:
     """Puts a row into the file in place of an older one of the same cell; the file is seen whole or not at all."""
     rows = [old for old in read_rows(path) if old["spec_key"] != row["spec_key"]] + [row]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _base_folder(config: StudyConfig, base: BaseSpec) -> Path:
+def base_folder(config: StudyConfig, base: BaseSpec) -> Path:
     return config.output / "bases" / f"{base.model}-{base.key}"
 
 
-def _make_base(config: StudyConfig, base: BaseSpec, inputs: Inputs, progress: Progress) -> str | None:
+def make_base(config: StudyConfig, base: BaseSpec, inputs: Inputs, progress: Progress) -> str | None:
     """Makes one base; returns the reason if that failed."""
-    folder = _base_folder(config, base)
+    folder = base_folder(config, base)
     folder.parent.mkdir(exist_ok=True)
     job = {
         "spec": asdict(base),
@@ -159,7 +165,7 @@ def _run_cell(
     if cell.base in broken:
         outcome = {"status": "failed", "reason": f"no base model: {broken[cell.base]}"}
     else:
-        folder = next((str(_base_folder(config, base)) for base in bases if base.key == cell.base), cell.base)
+        folder = next((str(base_folder(config, base)) for base in bases if base.key == cell.base), cell.base)
         outcome = run_job(
             "mmpeft_fast.study.cell",
             {"spec": asdict(cell), "inputs": asdict(inputs), "base": folder},

@@ -100,7 +100,9 @@ def _and_more(names: list[str]) -> str:
 
 
 def cell_name(row: dict) -> str:
-    """`tiny-llava lora fused`; a frozen row has no method to name."""
+    """`tiny-llava lora fused`; a frozen row has no method to name, and a recipe's row has a name of its own."""
+    if "recipe" in row:
+        return f"{row['recipe']}: {row['cell']}"
     return " ".join(part for part in (row["model"], row["method"], row["implementation"]) if part != NO_METHOD)
 
 

@@ -1,7 +1,7 @@
-"""Training on Hugging Face Accelerate: configuration, the loop, exact resume, and accuracy."""
+"""Training on Hugging Face Accelerate: configuration, the loop, exact resume, accuracy, and answers."""
 
 from mmpeft_fast.train.config import TrainConfig
-from mmpeft_fast.train.evaluate import evaluate_accuracy
+from mmpeft_fast.train.evaluate import evaluate_accuracy, generate_answers
 from mmpeft_fast.train.optimization import build_optimizer, cosine_with_warmup
 from mmpeft_fast.train.order import SampleOrder
 from mmpeft_fast.train.trainer import TrainResult, seed_everything, train
@@ -13,6 +13,7 @@ __all__ = [
     "build_optimizer",
     "cosine_with_warmup",
     "evaluate_accuracy",
+    "generate_answers",
     "seed_everything",
     "train",
 ]

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,12 +72,14 @@ def train(
     resume: bool = False,
     progress: bool = True,
     cpu: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train the model's trainable parameters in place.
 
     model: any multimodal causal LM that takes a collator's batch and `num_items_in_batch`; fused or not. output: folder
     for the log and checkpoints, None keeps nothing; one run at a time. resume: continue the same run from output's
-    latest checkpoint, bit for bit on the same machine; without one, start. cpu: stay off the accelerator. Ctrl-C,
+    latest checkpoint, bit for bit on the same machine; without one, start. cpu: stay off the accelerator. after_step:
+    called with the number of optimizer steps done after each, on every process; its time is not the run's. Ctrl-C,
     SIGTERM and SIGHUP end the run after the current step with a checkpoint; a second one ends it at once. Raises
     ValueError for bad input, before anything is written, OSError where a checkpoint cannot be written (those before it
     stay), and FloatingPointError where loss or gradient is not finite.
@@ -162,6 +164,9 @@ def train(
                 step_begin = now
                 losses.append(row["loss"])
                 log.write(row)
+                if after_step is not None:
+                    after_step(run.position.step)
+                    step_begin = time.perf_counter()
                 interrupted = batches is not None and any(run.sum(interrupt_requested.is_set()))
                 if config.save_every and run.position.step % config.save_every == 0:
                     run.save()

@@ -264,3 +264,15 @@ def test_bad_arguments(processor):
         Collator(processor, max_length=0)
     with pytest.raises(ValueError, match="multiple_of: expected an integer of 1 to 65536, got 0"):
         Collator(processor, multiple_of=0)
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left(processor, samples):
+    collator = Collator(processor, padding_side="right")
+    batch, alone = collator.encode_prompts(samples), [collator.encode_prompt(sample) for sample in samples]
+    for row, prompt in enumerate(alone):
+        length = prompt["input_ids"].shape[1]
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(batch[name][row, -length:], prompt[name][0])
+        assert not batch["attention_mask"][row, :-length].any()
+    images = [prompt["pixel_values"] for prompt in alone if "pixel_values" in prompt]
+    assert torch.equal(batch["pixel_values"], torch.cat(images))

@@ -5,7 +5,7 @@ import torch
 
 from mmpeft_fast import add_peft, fuse, make_method
 from mmpeft_fast.data import Collator
-from mmpeft_fast.train import TrainConfig, evaluate_accuracy, train
+from mmpeft_fast.train import TrainConfig, evaluate_accuracy, generate_answers, train
 
 
 def generated_answer(model, collator, sample):
@@ -32,6 +32,31 @@ def test_accuracy_is_that_of_greedy_generation(make_model, samples, collator, si
         assert evaluate_accuracy(model, collator, asked, batch_size=batch_size) == sum(expected) / len(asked)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["layernorm", "prefix", "lora"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_answers_of_a_batch_are_those_of_each_sample_alone(make_model, samples, collator, method, fused):
+    model = add_peft(make_model(), make_method(method))
+    with torch.no_grad():  # answers that differ, long before any training would give them
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    if fused:
+        fuse(model)
+    # Prompts of unequal length, so that all but one are padded.
+    asked = [replace(each, questions=(each.questions[0] + " or that" * (i % 3),)) for i, each in enumerate(samples)]
+    model.train()
+    alone = [generate_answers(model, collator, [sample], max_new_tokens=12)[0] for sample in asked]
+    assert len(set(alone)) == len(alone)
+    assert generate_answers(model, collator, asked, batch_size=3, max_new_tokens=12) == alone
+    assert model.training
+
+
+def test_a_trained_answer_is_generated(make_model, samples, collator):
+    model = add_peft(make_model(), make_method("layernorm"))
+    config = TrainConfig(learning_rate=1e-2, global_batch_size=2, batch_size=2, max_steps=60)
+    train(model, config, samples[:2], collator, progress=False, cpu=True)
+    assert generate_answers(model, collator, samples[:2]) == ["red", "blue"]
 
 
 def test_no_samples(make_model, collator):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpeft_fast import LoRA, add_peft, fuse
+from mmpeft_fast import LoRA, add_peft, fuse, make_method
 from mmpeft_fast.atomic import exclusive
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, SharedContextCollator
 from mmpeft_fast.train import TrainConfig, seed_everything, train
@@ -368,3 +368,14 @@ def test_trackers(run, tmp_path):
 def test_gradient_checkpointing_changes_no_number(run):
     checkpointing = replace(CONFIG, gradient_checkpointing=True, max_steps=2)
     assert run(checkpointing, output=None)[1].losses == run(replace(CONFIG, max_steps=2), output=None)[1].losses
+
+
+def test_after_each_step_the_caller_may_look(make_model, samples, collator):
+    model, steps = add_peft(make_model(), make_method("ia3")), []
+
+    def look(step):
+        steps.append((step, model.training))
+
+    config = TrainConfig(learning_rate=1e-3, global_batch_size=4, batch_size=4, max_steps=3)
+    result = train(model, config, samples, collator, progress=False, cpu=True, after_step=look)
+    assert steps == [(1, True), (2, True), (3, True)] and result.steps == 3
