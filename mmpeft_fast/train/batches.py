@@ -1,6 +1,7 @@
 """The collated micro-batches of each optimizer step, loaded in this process or by workers."""
 
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,14 +38,21 @@ def batches_by_step(
         generator=torch.Generator(),  # else it draws from torch's global one, and resuming would not be exact
     )
     batches = iter(loader)
-    for step in range(start, stop):
-        try:
+    try:
+        for step in range(start, stop):
             yield [next(batches) for _ in order.micro_batches(step)]
-        except ValueError as error:
-            if num_workers == 0:
-                raise
-            # A worker's error arrives with its whole traceback as the message; the last line is what it said.
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except Exception as error:
+        if num_workers == 0:
+            raise
+        # Frames of a traceback that somebody keeps would hold the iterator, and with it its workers, for which the
+        # process waits as it ends.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, ValueError):
+            raise
+        # A worker's error arrives with its whole traceback as the message; the last line is what it said.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    finally:
+        del batches
 
 
 class _MicroBatches:

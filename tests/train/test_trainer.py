@@ -353,6 +353,7 @@ def test_bad_data_is_one_sentence_and_leaves_nothing(run, samples, tmp_path, num
         run(replace(CONFIG, num_workers=num_workers), dataset=bad)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+    assert not multiprocessing.active_children()  # though the error is kept
 
 
 def test_trackers(run, tmp_path):
