@@ -103,6 +103,8 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
                     f"add_peft: role {role!r} is a {type(linear).__name__}; expected a plain torch.nn.Linear"
                 )
 
+    parts = set(placement.parts) | ({"connector"} if train_connector else set())
+    check_trainable(model, family, parts)
     model.requires_grad_(False)
     for role in placement.branches:
         for branch in placement.branches_of(role):
@@ -115,9 +117,7 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
             train_gain(norm)
     if placement.prefix is not None:
         _add_prefix(decoder, layers, family, placement)
-    parts = set(placement.parts) | ({"connector"} if train_connector else set())
-    for module in part_modules(model, family, parts):
-        module.requires_grad_(True)
+    train_parts(model, family, parts)
     model.peft_method = method
     return model
 
@@ -148,6 +148,24 @@ def part_modules(model: nn.Module, family: Family, parts: set[str]) -> list[nn.M
     if "head" in parts:
         modules.append(model.get_output_embeddings())
     return modules
+
+
+def train_parts(model: nn.Module, family: Family, parts: set[str]) -> None:
+    """Lets whole parts be trained. Raises ValueError as `check_trainable`."""
+    check_trainable(model, family, parts)
+    for module in part_modules(model, family, parts):
+        module.requires_grad_(True)
+
+
+def check_trainable(model: nn.Module, family: Family, parts: set[str]) -> None:
+    """Raises ValueError for a part whose weights are stored as integers, as those of quantised layers are."""
+    for module in part_modules(model, family, parts):
+        for name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{type(module).__name__}: expected floating-point weights to train, got {name} quantised to "
+                    f"{parameter.dtype}; leave that layer out when quantising (llm_int8_skip_modules)"
+                )
 
 
 def _add_branch(linears: list[nn.Linear], branch: BranchPlacement) -> None:

@@ -210,6 +210,38 @@ def _eight_bit(linear: nn.Linear) -> Linear8bitLt:
     return new
 
 
+def dequantise(model: nn.Module, dtype: torch.dtype) -> dict[nn.Module, nn.Linear]:
+    """Puts a plain, frozen layer in the place of each packed one, in place. Returns what each became."""
+    dense: dict[nn.Module, nn.Linear] = {}
+    for path, linear in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(linear, Linear4bit | Linear8bitLt):
+            continue
+        if linear not in dense:
+            new = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            new.weight = nn.Parameter(_packed(linear).dense(dtype), requires_grad=False)
+            new.bias = linear.bias
+            dense[linear] = new.train(linear.training)
+        model.set_submodule(path, dense[linear])
+    model.is_loaded_in_8bit = model.is_loaded_in_4bit = False
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    return dense
+
+
+def packed_again(weight: Tensor, linear: nn.Module) -> Tensor:
+    """What a weight [N, K] becomes in the format of a layer, as a float32 tensor."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(linear, Linear8bitLt):
+        return EightBit(_eight_bit(plain)).dense(torch.float32)
+    state = linear.weight.quant_state
+    return FourBit(_four_bit(plain, state.quant_type, torch.float32, state.nested)).dense(torch.float32)
+
+
+def _packed(linear: nn.Module) -> PackedWeight:
+    return EightBit(linear) if isinstance(linear, Linear8bitLt) else FourBit(linear)
+
+
 def move_packed(model: nn.Module, move: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Exchanges what packed weights lie in memory as by what `move` makes of it; returns what of that is no parameter:
     scales, tables, offsets."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmpeft_fast import METHODS, add_peft, compare, fuse, fuse_report, make_method, saved_bytes, unfuse
+from mmpeft_fast import METHODS, add_peft, compare, fuse, fuse_report, make_method, merge_peft, saved_bytes, unfuse
 from mmpeft_fast.layers.sites import read_linear
 from mmpeft_fast.ops.fused_linear import fused_linear, fused_linear_ref
 from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.ops.segments import Branch, Segment
+from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.checkpoint import load_peft, save_peft
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
@@ -200,6 +202,47 @@ def test_saved_and_loaded(tmp_path):
     state = model.state_dict()  # quantisation's own tensors included, as before
     assert any(name.endswith("down_proj.weight.absmax") for name in state)
     assert any(name.endswith("down_proj.branches.0.down") for name in state)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("method", ["lora", "ia3", "layernorm-simp", None])
+def test_merged_into_a_dense_model(kind, method, tmp_path, caplog):
+    """None is HF PEFT's LoRA."""
+    options = {"config": LORA} if method is None else {"method": method}
+    model, batch = model_of(kind, **options), tiny_batch("llama")
+    loss, _ = loss_and_grads(model, batch)
+    if method != "layernorm-simp":
+        with pytest.raises(ValueError, match=f"expected dense weights or dequantise=True, .*_proj is in {kind}"):
+            merge_peft(model, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    merged = merge_peft(fuse(model), tmp_path / "merged", dequantise=True)
+    assert {type(module) for module in merged.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).loss, loss, rtol=1e-5, atol=0)
+        again = type(merged).from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        torch.testing.assert_close(again(**batch).loss, merged(**batch).loss, rtol=0, atol=0)
+    if method != "layernorm-simp":
+        assert logged_losses(caplog)[0] == 0.0 and logged_losses(caplog)[1] > 0.01
+
+
+def logged_losses(caplog) -> list[float]:
+    return [float(found) for found in re.findall(r"loses? (\d[\d.e-]*)", caplog.text)]
+
+
+def test_merging_says_what_rounding_loses(caplog):
+    model = model_of("nf4", dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    merge_peft(model, dequantise=True)
+    rounded, again = logged_losses(caplog)
+    assert 1e-4 < rounded < 0.1 < again
+
+
+def test_a_quantised_part_is_not_trained():
+    model = quantise(tiny_model("llava"), "nf4")
+    for add in (add_peft, add_baseline):
+        with pytest.raises(ValueError, match=r"expected floating-point weights to train, got linear_1\.weight"):
+            add(model, make_method("lora", r=3), train_connector=True)
+    assert not hasattr(model, "peft_method")
 
 
 def test_what_is_not_quantised_yet_is_named():

@@ -6,7 +6,7 @@ from torch import nn
 
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import family_of
-from mmpeft_fast.peft_model import add_peft
+from mmpeft_fast.peft_model import add_peft, check_trainable
 from mmpeft_fast.stored.forms import form_of
 from mmpeft_fast.stored.hf_config import hf_config
 
@@ -29,5 +29,7 @@ def add_baseline(model: nn.Module, method: Method, *, train_connector: bool = Fa
         family.require_connector()
     if not form_of(method).runs_in_hf_peft(model, family):
         return add_peft(model, method, train_connector=train_connector), "eager module"
+    parts = method.place(family.paths.roles).parts
+    check_trainable(model, family, set(parts) | ({"connector"} if train_connector else set()))
     config = hf_config(model, method, parts=("connector",) if train_connector else ())
     return get_peft_model(model, config), f"HF PEFT {peft.__version__}"

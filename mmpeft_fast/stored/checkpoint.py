@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmpeft_fast.atomic import new_folder, recover
 from mmpeft_fast.methods import Method
 from mmpeft_fast.models import base_model, family_of
-from mmpeft_fast.peft_model import add_peft, part_modules
+from mmpeft_fast.peft_model import add_peft, train_parts
 from mmpeft_fast.placement import Placement
 from mmpeft_fast.stored.form import Slot
 from mmpeft_fast.stored.forms import form_of
@@ -116,8 +116,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
 
 def _add(model: nn.Module, method: Method, parts: tuple[str, ...]) -> nn.Module:
     add_peft(model, method)
-    for module in part_modules(model, family_of(model), set(parts)):
-        module.requires_grad_(True)
+    train_parts(model, family_of(model), set(parts))
     return model
 
 

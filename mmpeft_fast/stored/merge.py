@@ -3,7 +3,9 @@
 W' = diag(l_out) (W + sum s U D) diag(l_in),  b' = l_out * b;  gains take the place of a norm's own.
 """
 
+import logging
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +23,13 @@ from mmpeft_fast.layers.peft_norm import WideGain
 from mmpeft_fast.layers.sites import LinearSite, read_linear, read_norm
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.ops.activations import accumulate_dtype
+from mmpeft_fast.ops.packed import PackedWeight
 from mmpeft_fast.peft_model import unfuse
 from mmpeft_fast.stored.slots import drop_peft, forget_method, read_carried
 
 __all__ = ["merge_peft"]
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "a prefix cannot be merged: its keys and values stand beside those of the tokens, in no weight"
 
@@ -38,7 +43,7 @@ class _Fold(NamedTuple):
     """A linear's branches and scales, or a norm's gain."""
 
 
-def merge_peft(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
+def merge_peft(model: nn.Module, folder: str | Path | None = None, *, dequantise: bool = False) -> nn.Module:
     """Folds LoRA, IA3 and tuned norms into the weights, in place: the model afterwards is a plain one, frozen.
 
     Sums and products are formed in at least float32 and rounded once, to the weight's dtype.
@@ -46,13 +51,16 @@ def merge_peft(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     Args:
         model: with `add_peft` parameters, or a `PeftModel` (its active adapters); fused or not.
         folder: also saves the merged model there, whole or not at all, for transformers' `from_pretrained`.
+        dequantise: quantised weights, into which nothing can be folded without changing it, become dense ones of the
+            model's dtype, all of them. How much of what the parameters change is lost as the sums are rounded to that
+            dtype is logged, and how much would be lost if they were quantised again, as HF PEFT does.
 
     Returns:
         The transformers model (of a `PeftModel` its base model), not fused.
 
     Raises:
-        ValueError: no PEFT parameters, a method that cannot be merged, a weight that another module shares, or a
-            `folder` with something in it. The model is then unchanged.
+        ValueError: no PEFT parameters, a method that cannot be merged, a weight that another module shares or that is
+            quantised (without `dequantise`), or a `folder` with something in it. The model is then unchanged.
     """
     folder = None if folder is None else recover(Path(folder))
     if folder is not None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -60,12 +68,23 @@ def merge_peft(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
     base = base_model(model)
     folds = _of_peft_model(model) if isinstance(model, PeftModel) else _of_added(model)
     _check_unshared(base, folds)
+    packed = [fold for fold in folds if isinstance(fold.site, LinearSite) and _is_packed(fold.site)]
+    if packed and not dequantise:
+        name, _, site = packed[0]
+        raise ValueError(
+            f"merge_peft: expected dense weights or dequantise=True, {name} is in {site.segment.weight.name}"
+        )
+    if dequantise and find_spec("bitsandbytes") is None:
+        raise ValueError("merge_peft: dequantise=True expects a model that bitsandbytes quantised, it is not installed")
 
     unfuse(model)
     with torch.no_grad():
+        if dequantise:
+            folds = _dequantised(base, folds, packed)
         for fold in folds:
             if isinstance(fold.site, LinearSite):
-                _fold_linear(fold.module, fold.site)
+                fold.module.weight.copy_(_folded(fold.module.weight, fold.site))
+                _fold_bias(fold.module, fold.site)
             else:
                 fold.module.weight.copy_(fold.site)
     if isinstance(model, PeftModel):
@@ -91,7 +110,7 @@ def _of_added(model: nn.Module) -> list[_Fold]:
     for name, linear in linears:
         for branch in linear.branches:
             _check_foldable(name, branch)
-    return [_Fold(name, linear, LinearSite(linear.segment(), linear.in_scale)) for name, linear in linears]
+    return [_Fold(name, linear, _read(name, linear)) for name, linear in linears]
 
 
 def _check_foldable(name: str, branch: nn.Module) -> None:
@@ -133,18 +152,56 @@ def _of_peft_model(model: PeftModel) -> list[_Fold]:
     return folds
 
 
-def _fold_linear(linear: nn.Linear, site: LinearSite) -> None:
-    wide = accumulate_dtype(linear.weight.dtype)
-    weight, segment = linear.weight.to(wide), site.segment
+def _read(name: str, linear: nn.Module) -> LinearSite:
+    try:
+        return read_linear(linear)
+    except ValueError as error:
+        raise ValueError(f"merge_peft: cannot merge {name}: {error}") from error
+
+
+def _folded(weight: Tensor, site: LinearSite) -> Tensor:
+    """W' in at least float32."""
+    wide, segment = accumulate_dtype(weight.dtype), site.segment
+    weight = weight.to(wide)
     for branch in segment.branches:
         weight = torch.addmm(weight, branch.up.to(wide), branch.down.to(wide), alpha=branch.scaling)
     if segment.out_scale is not None:
         weight = weight * segment.out_scale.to(wide)[:, None]
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias.to(wide) * segment.out_scale.to(wide))
-    if site.in_scale is not None:
-        weight = weight * site.in_scale.to(wide)
-    linear.weight.copy_(weight)
+    return weight if site.in_scale is None else weight * site.in_scale.to(wide)
+
+
+def _fold_bias(linear: nn.Linear, site: LinearSite) -> None:
+    if linear.bias is not None and site.segment.out_scale is not None:
+        wide = accumulate_dtype(linear.weight.dtype)
+        linear.bias.copy_(linear.bias.to(wide) * site.segment.out_scale.to(wide))
+
+
+def _is_packed(site: LinearSite) -> bool:
+    return isinstance(site.segment.weight, PackedWeight)
+
+
+def _dequantised(base: nn.Module, folds: list[_Fold], packed: list[_Fold]) -> list[_Fold]:
+    """Makes the model dense, says what merging costs, and returns the folds with the modules that are there now."""
+    from mmpeft_fast import quantised  # needs what the model was quantised with
+
+    dtype = base.dtype
+    change = rounded = again = 0.0
+    for fold in packed:
+        weight = fold.site.segment.weight
+        before = weight.dense(weight.dtype or dtype).float()
+        merged = _folded(before, fold.site)
+        change += float((merged - before).square().sum())
+        rounded += float((merged.to(dtype).float() - merged).square().sum())
+        again += float((quantised.packed_again(merged, fold.module) - merged).square().sum())
+    if change:
+        logger.warning(
+            "merge_peft: rounding the merged weights to %s loses %.2g of what the parameters change (norm of the error "
+            "over that of the change, all layers); quantised to %s again they would lose %.2g",
+            str(dtype).removeprefix("torch."), (rounded / change) ** 0.5, packed[0].site.segment.weight.name,
+            (again / change) ** 0.5,
+        )  # fmt: skip
+    dense = quantised.dequantise(base, dtype)
+    return [fold._replace(module=dense.get(fold.module, fold.module)) for fold in folds]
 
 
 def _check_unshared(base: nn.Module, folds: list[_Fold]) -> None:

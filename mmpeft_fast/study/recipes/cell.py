@@ -20,7 +20,7 @@ from mmpeft_fast.data import Collator, SharedContextCollator, why_not_packed
 from mmpeft_fast.data.sets import EASY_VQA_SETS, SETS, BadRecords, TaskSample, fitting, load_set
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.models import base_model, family_of, load_pretrained
-from mmpeft_fast.peft_model import add_peft, fuse, part_modules, study_method
+from mmpeft_fast.peft_model import add_peft, fuse, study_method, train_parts
 from mmpeft_fast.plugins import load_plugins
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.study.cells import NO_METHOD
@@ -116,8 +116,7 @@ def _prepare(model: nn.Module, cell: RecipeCell) -> tuple[nn.Module, str]:
     else:
         model, implementation = add_peft(model, method, train_connector=connector), f"mmpeft-fast {__version__}"
     plain = base_model(model)
-    for module in part_modules(plain, family_of(plain), set(cell.train) - {"connector"}):
-        module.requires_grad_(True)
+    train_parts(plain, family_of(plain), set(cell.train) - {"connector"})
     return (fuse(model) if cell.implementation == "fused" else model), implementation
 
 
