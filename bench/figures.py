@@ -90,6 +90,11 @@ def _memory_table() -> str:
     return "\n".join(lines)
 
 
+def _planned_peak(implementation: str) -> Callable[[], str]:
+    wanted = {"model": "llava-1.5-7b", "method": "lora", "implementation": implementation}
+    return lambda: f"{newest('intel-xeon-2-threads/memory.jsonl', **wanted)['peak_gib']:.1f}"
+
+
 def _kept(implementation: str) -> Callable[[], str]:
     """Kept bytes of the fused step on an H200 over another's."""
     counts = [functools.partial(_h200, name, mode="counts") for name in ("triton", implementation)]
@@ -125,8 +130,10 @@ def _host(name: str, tapes: bool = True) -> Callable[[], str]:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "step table": lambda: table(rows("amd-epyc-2-threads/step.jsonl")),
+    "quantised table": lambda: table(rows("intel-xeon-2-threads/quantised.jsonl")),
     "h200 table": _h200_table,
     "memory table": _memory_table,
+    "plan nf4 peak": _planned_peak("fused_nf4"), "plan dense peak": _planned_peak("fused"),
     "h200 graphs / peft": lambda: f"{_h200('peft')['p50_ms'] / _h200('graphs')['p50_ms']:.1f}",
     "h200 graphs / peft_bf16": lambda: f"{_h200('peft_bf16')['p50_ms'] / _h200('graphs')['p50_ms']:.2f}",
     "h200 fused kernels ms": lambda: f"{_h200('triton', mode='counts')['gpu_ms']:.0f}",

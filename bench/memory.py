@@ -5,7 +5,8 @@
 The planner's counts (`mmpeft_fast/plan`): bytes kept for the backward, and the peak with weights, gradients and AdamW.
 `frozen` is the stock model's forward and the gradient of its input embeddings. `peft` is HF PEFT with float32 adapters,
 or the method as eager modules where HF PEFT has none; `peft_bf16` has adapters in the model's dtype; `_ckpt` is with
-activation checkpointing of every layer. On a GPU dropout keeps a byte mask, on a CPU it does not.
+activation checkpointing of every layer, `_nf4` on a base that bitsandbytes quantised. On a GPU dropout keeps a byte
+mask, on a CPU it does not.
 """
 
 import argparse
@@ -26,6 +27,7 @@ IMPLEMENTATIONS = {
     "peft_bf16": {"implementation": "peft", "fp32_adapters": False},
     "peft_ckpt": {"implementation": "peft", "checkpointing": True}, "fused": {"implementation": "fused"},
     "fused_ckpt": {"implementation": "fused", "checkpointing": True},
+    "peft_nf4": {"implementation": "peft", "base": "nf4"}, "fused_nf4": {"implementation": "fused", "base": "nf4"},
 }  # fmt: skip
 _GIB = 2**30
 
@@ -54,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument(
+        "--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS), metavar="NAME"
+    )
+    parser.add_argument(
         "--device", default="h200", help="device profile whose kernels are counted (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=4)
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for model in args.models:
         for method in args.methods:
-            for implementation in IMPLEMENTATIONS:
+            for implementation in args.implementations:
                 row = row_of(model, method, implementation, args.device, args.batch_size, args.seq_len)
                 said = row.get("error") or f"kept {row['kept_gib']:6.2f} GiB, peak {row['peak_gib']:6.2f} GiB"
                 print(f"{model:14} {method:15} {implementation:10} {said}", flush=True)

@@ -12,7 +12,9 @@ def table(rows: list[dict]) -> str:
     """One Markdown line for each method and dtype, from its newest three rows."""
     cells: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
-        cells.setdefault((row["method"], row["dtype"]), {})[row["implementation"]] = row
+        base = row.get("base", "dense")
+        method = row["method"] if base == "dense" else f"{row['method']} on {base}"
+        cells.setdefault((method, row["dtype"]), {})[row["implementation"]] = row
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
     for (method, dtype), by_name in cells.items():
         frozen, peft, fused = (by_name[name] for name in ("frozen", "peft", "fused"))

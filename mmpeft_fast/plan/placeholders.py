@@ -180,6 +180,8 @@ def _gpu_attention(
 ) -> Tensor:
     """The fused kernel that torch takes on a CUDA GPU: flash or cuDNN's without a mask, the memory-efficient one with
     it."""
+    if not q.dtype == k.dtype == v.dtype:  # as torch's, which refuses them on any device
+        raise ValueError(f"attention: expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     head_dim = q.shape[-1]
     if sdpa == "cudnn" and attn_mask is None and q.dtype in _FLASH_DTYPES and not head_dim % 8 and head_dim <= 128:
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -105,7 +105,7 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         peak = stack.enter_context(peak_bytes("cpu", holder))
         with recorder:
             with saved_bytes(model) as saved:
-                loss = model(**inputs).loss
+                loss = _loss(model, inputs, baseline, request)
             regions.start("head")
             loss.backward()
             if optimizer is not None:
@@ -123,6 +123,16 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         peak_bytes=peak.bytes,
         sequence=tuple(recorder.sequence),
     )
+
+
+def _loss(model: nn.Module, inputs: dict, baseline: str, request: Request) -> Tensor:
+    """Raises ValueError where code that is not this package's cannot run the step."""
+    try:
+        return model(**inputs).loss
+    except RuntimeError as error:
+        if request.implementation == "fused":
+            raise
+        raise ValueError(f"implementation: {baseline} cannot run this step: {' '.join(str(error).split())}") from error
 
 
 def _format_tensors(model: nn.Module, request: Request, place: Placeholders) -> list[Tensor]:

@@ -68,6 +68,14 @@ def test_packed_weights_equal_a_real_step(tiny_folders, base, implementation):
     check_against_real(request(tiny_folders["llava"], base=base, implementation=implementation))
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_what_a_stock_model_cannot_run_is_one_sentence(tiny_folders, device_type):
+    """HF PEFT's IA3 makes float32 keys of a bf16 model's 4-bit layers."""
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match=r"expected q, k and v of one dtype|HF PEFT .* cannot run this step"):
+        count_step(request(tiny_folders["llava"], "ia3", base="nf4", implementation="peft"), device_type)
+
+
 def test_packed_weights_on_a_gpu(tiny_folders):
     pytest.importorskip("bitsandbytes")
     dense, packed = (count_step(request(tiny_folders["llava"], base=base), "cuda") for base in ("dense", "nf4"))
