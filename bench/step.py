@@ -18,6 +18,7 @@ from bench.rows import append_rows, environment, interleaved, quantiles
 from mmpeft_fast import METHODS, Method, fuse, make_method, saved_bytes
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
+from mmpeft_fast.peft_model import RECOMPUTE
 from mmpeft_fast.stored.baseline import add_baseline
 
 DENSE = "dense"
@@ -61,7 +62,7 @@ def settings(args, method: str) -> dict:
 def implementations(args, method: str) -> dict:
     """Models by implementation, trained parameters off their initial zeros; `peft` has the base's dtype throughout."""
     models = {name: baseline(args, make_method(method, **settings(args, method))) for name in ("peft", "fused")}
-    fuse(models["fused"])
+    fuse(models["fused"], recompute=args.recompute)
     return {"frozen": decoder(args).requires_grad_(False).train(), **models}
 
 
@@ -112,7 +113,8 @@ def bench_method(args, method: str) -> list[dict]:
     shape = {name: getattr(args, name) for name in ("hidden", "intermediate", "layers", "heads", "vocab", "seed")}
     common = {
         "op": "step", "mode": "fwd_bwd", "method": method, "dtype": args.dtype, "batch_size": args.batch_size,
-        "base": args.base, "seq_len": args.seq_len, "supervised": args.supervised, **settings(args, method), **shape,
+        "base": args.base, "recompute": args.recompute, "seq_len": args.seq_len, "supervised": args.supervised,
+        **settings(args, method), **shape,
     }  # fmt: skip
     rows = []
     for name, time in times.items():
@@ -133,6 +135,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--base", default=DENSE, choices=(DENSE, "nf4", "fp4", "int8"), help="format of frozen weights")
     parser.add_argument("--supervised", type=float, default=0.05, help="share of tokens that carry a label")
+    parser.add_argument("--recompute", choices=RECOMPUTE[1:], help="what fused layers make again in the backward")
     parser.add_argument(
         "--fp32-adapters", action="store_true", help="PEFT parameters in float32, as HF PEFT makes them"
     )

@@ -17,9 +17,17 @@ class FuseCallback(TrainerCallback):
     """
 
     def __init__(
-        self, *, keep_logits: bool = False, strict: bool = False, verify: bool = True, cuda_graphs: bool = False
+        self,
+        *,
+        keep_logits: bool = False,
+        strict: bool = False,
+        verify: bool = True,
+        cuda_graphs: bool = False,
+        recompute: str | None = None,
     ):
-        self.options = {"keep_logits": keep_logits, "strict": strict, "cuda_graphs": cuda_graphs}
+        self.options = {
+            "keep_logits": keep_logits, "strict": strict, "cuda_graphs": cuda_graphs, "recompute": recompute,
+        }  # fmt: skip
         self.verify = verify
 
     def on_init_end(self, args, state, control, *, model, **kwargs) -> None:

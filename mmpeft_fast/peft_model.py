@@ -36,6 +36,7 @@ _FUSED_CLASSES = {
     "vision tower": Graphless,
 }
 # Attributes that fuse puts on modules; unfuse removes them.
+RECOMPUTE = (None, "gate_up")
 _FUSE_ATTRIBUTES = (
     "cache_idx",
     "decoder_path",
@@ -43,6 +44,7 @@ _FUSE_ATTRIBUTES = (
     "graphs",
     "has_own_forward",
     "is_tail",
+    "recompute",
     "keep_logits",
     "output_class",
     "paths",
@@ -198,6 +200,7 @@ def fuse(
     strict: bool = False,
     verify: bool | Mapping[str, Any] = False,
     cuda_graphs: bool = False,
+    recompute: str | None = None,
 ) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
@@ -216,19 +219,23 @@ def fuse(
         cuda_graphs: training passes of decoder layers are recorded as CUDA graphs in the third step of a shape and
             replayed from then on (`layers.graphs`), where nothing forbids it: `fuse_report` says what did. The same
             bits for less of the host's time. A gradient that is kept beyond `zero_grad` has to be cloned.
+        recompute: "gate_up": the outputs of gate and up (nearly half of what is kept for the backward) are not kept but
+            made again in the backward, by one more GEMM a layer; the same gradients bit for bit. None: nothing is.
         verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or
             a training batch with labels.
 
     Returns:
-        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits` and `cuda_graphs`
-        of the last call count.
+        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits`, `cuda_graphs`
+        and `recompute` of the last call count.
 
     Raises:
-        ValueError: not a module; with `strict`, something cannot be fused or computes something else; a publisher's
-            model (Qwen-VL) with a layer that cannot be.
+        ValueError: not a module, another `recompute`; with `strict`, something cannot be fused or computes something
+            else; a publisher's model (Qwen-VL) with a layer that cannot be.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"fuse: expected a model, got {type(model).__name__}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"fuse: expected recompute to be one of {list(RECOMPUTE)}, got {recompute!r}")
     base = base_model(model)
     try:
         family = family_of(base)
@@ -258,7 +265,7 @@ def fuse(
             for roles in (paths.projections, ("gate", "up"), ("down",)):
                 stack_linears([paths.at(layer, role) for role in roles], owned)
             layer.paths, layer.cache_idx, layer.has_own_forward = paths, layer_idx, not is_publishers
-            layer.is_tail, layer.graphs = layer is layers[-1], graphs
+            layer.is_tail, layer.graphs, layer.recompute = layer is layers[-1], graphs, recompute
     for seen in found:
         if seen.reason is None and seen.part in _FUSED_CLASSES:
             swap_class(seen.module, _FUSED_CLASSES[seen.part])

@@ -41,6 +41,8 @@ class FusedDecoderLayer(Swapped):
     text's, where the call brings them; `attn.prefix` is one that the model has for good. `documents`: which tokens see
     which, in place of the mask; never with a cache.
 
+    `recompute`: "gate_up" makes gate and up again in the backward in place of keeping them.
+
     `graphs`: replays training passes as CUDA graphs, for all layers of a model; None: every call runs eagerly.
 
     A layer that cannot be read at some call (an adapter of another kind was activated, a hook was put on a linear
@@ -52,6 +54,7 @@ class FusedDecoderLayer(Swapped):
     is_tail = False
     has_own_forward = True
     graphs: LayerGraphs | None = None
+    recompute: str | None = None
 
     def forward(
         self,
@@ -157,8 +160,9 @@ class FusedDecoderLayer(Swapped):
             in_scale=gate.in_scale, seed=seed, stream=2, carry=True,
         )  # fmt: skip
         return fused_linear(
-            (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3
-        )
+            (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3,
+            recompute=self.recompute == "gate_up",
+        )  # fmt: skip
 
     def _check_own_forward(self, reason: Unfusable, prefix: CallPrefix | None) -> None:
         """Says once that the layer runs its own forward, or raises where that would not compute the same."""

@@ -10,9 +10,11 @@ down (arXiv 2406.05130); IA3 (Liu et al. 2022) is the scales. The backward is wr
 a = D drop(h) only, recomputes h from x and z from a, and computes nothing that no gradient asks for.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,22 +45,26 @@ from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
 class _FusedLinear(torch.autograd.Function):
     """Arguments after `runner` (None: the schedule on the kernels of the moment), `check` (raises where the call does
-    not fit together), `spec` and `carry`: residual, gain, in_scale, seed, the inputs (one or two), then the segments'
-    tensors in the order of `flatten_segments`. Returns a y a segment and, with `carry`, the first input. Packed weights
-    are tensors while a pass runs, and in none of those that are saved."""
+    not fit together), `spec`, `carry` and `makers` (`_makers` of the inputs, which are then not saved): residual, gain,
+    in_scale, seed, the inputs (one or two), then the segments' tensors in the order of `flatten_segments`. Returns a y
+    a segment and, with `carry`, the first input. Packed weights are tensors while a pass runs, and in none of those
+    that are saved."""
 
     @staticmethod
-    def forward(ctx, runner, check, spec, carry, *tensors):
+    def forward(ctx, runner, check, spec, carry, makers, *tensors):
         ctx.runner, ctx.spec = runner or schedule.Runner(kernel_set("fused_linear", tensors[4])), spec
         ctx.packed = {i: tensor for i, tensor in enumerate(tensors) if isinstance(tensor, PackedWeight)}
         if ctx.packed:
             tensors = unpacked(ctx.packed, tensors, tensors[4].dtype)
-        arguments = spec, ctx.needs_input_grad[4:]
+        arguments = spec, ctx.needs_input_grad[5:]
         outputs, saved, ctx.lengths = tape.run_step(_forward, ctx.runner, arguments, tensors, check=check)
+        ctx.makers = makers
+        ctx.can_be_remade = tensors[0] is None and all(part is not None for part in saved[4 : 4 + spec.num_inputs])
+        missing = {*ctx.packed, *range(4, 4 + len(makers or ()))}
         ctx.output_shapes = [y.shape for y in outputs]
         ctx.set_materialize_grads(False)
-        # What is saved has the weights in the places where the arguments have them.
-        ctx.save_for_backward(*(None if i in ctx.packed else tensor for i, tensor in enumerate(saved)))
+        # What is saved has inputs and weights in the places where the arguments have them.
+        ctx.save_for_backward(*(None if i in missing else tensor for i, tensor in enumerate(saved)))
         if carry:
             outputs.append(tensors[4])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -70,14 +76,57 @@ class _FusedLinear(torch.autograd.Function):
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
+        made = [] if ctx.makers is None else _made_again(ctx.makers)
         dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
         dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         if ctx.packed:
             saved = unpacked(ctx.packed, saved, dys[0].dtype)
-        arguments = ctx.spec, ctx.needs_input_grad[4:], ctx.lengths, len(dys)
+        if made:
+            saved = (*saved[:4], *made, *saved[4 + len(made) :])
+        arguments = ctx.spec, ctx.needs_input_grad[5:], ctx.lengths, len(dys)
         grads = tape.run_step(_backward, ctx.runner, arguments, (*dys, dcarry, *saved))
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
+
+
+Makers = tuple[tuple[Any, int], ...]
+"""The node of a fused linear and which of its outputs, for each input."""
+# What `_apply` and the layers do to an output of a fused linear without changing a value.
+_VIEWS = {"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"}
+# The planner puts a context here, to count what runs inside as computed again.
+recomputing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def _makers(inputs: Sequence[Tensor]) -> Makers | None:
+    """By what call each input was made, where that call can make all of them again: the same one, of plain kinds."""
+    found = []
+    for tensor in inputs:
+        node, index = tensor.grad_fn, tensor.output_nr
+        while node is not None and node.name() in _VIEWS:
+            node, index = node.next_functions[0]
+        found.append((node, index))
+    nodes = {id(node) for node, _ in found}
+    is_made = len(nodes) == 1 and isinstance(found[0][0], _FusedLinear._backward_cls) and found[0][0].can_be_remade
+    return tuple(found) if is_made else None
+
+
+def _made_again(makers: Makers) -> list[Tensor]:
+    """The inputs that `makers` had made, by the same steps on the same tensors: the same bits."""
+    node = makers[0][0]
+    node.read_before = saved = _saved(node)
+    gain, in_scale, seed, _, *rest = saved
+    tensors = (None, gain, in_scale, seed, *rest[: sum(node.lengths[:2])])
+    if node.packed:
+        tensors = unpacked(node.packed, tensors, tensors[4].dtype)
+    with recomputing():
+        outputs, _, _ = tape.run_step(_forward, node.runner, (node.spec, node.needs_input_grad[5:]), tensors)
+        return [schedule.with_plain_rows(outputs[index]) for _, index in makers]
+
+
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    """What a node has saved; it may be asked for only once where a layer is checkpointed."""
+    before = ctx.__dict__.pop("read_before", None)
+    return ctx.saved_tensors if before is None else before
 
 
 def _forward(runner, spec: CallSpec, flags: tuple[bool, ...], *tensors: Tensor | None):
@@ -117,6 +166,7 @@ def fused_linear(
     seed: Tensor | None = None,
     stream: int = 0,
     carry: bool = False,
+    recompute: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Linear layers that share an input, with everything PEFT adds to them, in one differentiable op.
 
@@ -135,6 +185,9 @@ def fused_linear(
         stream: 0 to 4095, keeps the masks of calls that share a seed apart.
         carry: also return x, for the residual connection around this op: what it contributes to dx is added inside the
             prologue's backward instead of by a pass of its own.
+        recompute: where one call of this op made all of x and has no residual, x is not kept for the backward but made
+            again there, from what that call keeps; x is kept where it was not made so, under torch.compile, and where
+            it has to be cast first. The same gradients bit for bit.
 
     Returns:
         y [..., N] in x's dtype, or a tuple with one such tensor a segment; with `carry` a tuple that ends in x.
@@ -146,7 +199,10 @@ def fused_linear(
     dtype = autocast_dtype(x[0])
     given = None if dtype is not None else _dtype_of_packed(x[0], segments)
     if dtype is not None or given is not None:
-        options = {"prologue": prologue, "gain": gain, "eps": eps, "in_scale": in_scale, "seed": seed, "stream": stream}
+        options = {
+            "prologue": prologue, "gain": gain, "eps": eps, "in_scale": in_scale, "seed": seed, "stream": stream,
+            "recompute": recompute,
+        }  # fmt: skip
         return _in_dtype(dtype or given, x, segments, residual, carry, options, y_dtype=None if dtype else x[0].dtype)
     check = functools.partial(check_call, x, segments, prologue, gain, in_scale, residual)
     if torch.compiler.is_compiling() or len(x) != (2 if prologue == "swiglu" else 1):
@@ -157,16 +213,19 @@ def fused_linear(
         y = _compiled(x, segments, prologue, gain, eps, in_scale, residual, seed, stream, carry)
     else:
         spec = call_spec(prologue, eps, segments, stream)
-        y = _apply(None, check, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments))
+        makers = _makers(x) if recompute and torch.is_grad_enabled() else None
+        y = _apply(None, check, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments), makers)
     return tuple(y) if len(y) > 1 else y[0]
 
 
-def _apply(runner, check, spec, carry, residual, gain, in_scale, seed, x, flat) -> list[Tensor]:
+def _apply(
+    runner, check, spec, carry, residual, gain, in_scale, seed, x, flat, makers: Makers | None = None
+) -> list[Tensor]:
     """`_FusedLinear` on tensors of any number of dimensions."""
     lead = x[0].shape[:-1]
     inputs = [schedule.with_plain_rows(part.reshape(-1, part.shape[-1])) for part in x]
     flat_residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    y = _FusedLinear.apply(runner, check, spec, carry, flat_residual, gain, in_scale, seed, *inputs, *flat)
+    y = _FusedLinear.apply(runner, check, spec, carry, makers, flat_residual, gain, in_scale, seed, *inputs, *flat)
     return [part.view(*lead, part.shape[-1]) for part in (y if isinstance(y, tuple) else (y,))]
 
 

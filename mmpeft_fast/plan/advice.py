@@ -98,7 +98,9 @@ def changes(planned: Plan) -> list[Change]:
         )
 
     if not request.checkpointing and not _keeps_prefix_in_cache(request):
-        consider("activation checkpointing", checkpointing=True)
+        consider("activation checkpointing", checkpointing=True, recompute=None)
+    if request.implementation == "fused" and not request.checkpointing and request.recompute is None:
+        consider("recompute gate and up", recompute="gate_up")
     smaller = _smaller_rank(request)
     if smaller is not None:
         consider("half the " + next(iter(smaller)), settings={**request.settings, **smaller})

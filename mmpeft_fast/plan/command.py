@@ -26,6 +26,7 @@ _PLAIN = (
     "image_size",
     "dtype",
     "base",
+    "recompute",
     "optimizer",
 )
 
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", default="dense", help="storage of frozen weights: dense, nf4, fp4 or int8 (default: dense)"
     )
     step.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the decoder's layers")
+    step.add_argument(
+        "--recompute", metavar="PART", help="gate_up: fused layers make gate and up again in the backward"
+    )
     for part in ("connector", "embeddings", "head"):
         step.add_argument(f"--train-{part}", action="store_true", help=f"train the {part} too")
     step.add_argument(

@@ -12,6 +12,7 @@ from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import Bound, between, check_fields, one_of
 from mmpeft_fast.methods import make_method
 from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
+from mmpeft_fast.peft_model import RECOMPUTE
 
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
 TRAINABLE_PARTS = ("connector", "embeddings", "head")
@@ -36,6 +37,7 @@ class Request:
         supervised_fraction: share of the tokens that carry a label.
         dtype: of the base model. base: what its linear layers' weights are stored as, "dense" or a format of
             bitsandbytes, with 8-bit scales of blocks. checkpointing: activation checkpointing of the decoder's layers.
+        recompute: what fused layers make again in the backward (`fuse`), and nothing else does.
         train: parts of the base model that are trained too, of TRAINABLE_PARTS.
         fp32_adapters: added parameters are float32, else in `dtype`.
         optimizer: AdamW as torch chooses on a GPU, a pass for each operation ("foreach"), or in one ("fused").
@@ -53,6 +55,7 @@ class Request:
     dtype: Annotated[str, one_of(*DTYPES)] = "bf16"
     base: Annotated[str, one_of(*BASES)] = DENSE
     checkpointing: bool = False
+    recompute: Annotated[str | None, one_of(*RECOMPUTE)] = None
     train: tuple[str, ...] = ()
     fp32_adapters: bool = True
     optimizer: Annotated[str, one_of(*OPTIMIZERS)] = "foreach"
@@ -71,6 +74,8 @@ class Request:
             raise ValueError(f"train: expected parts among {list(TRAINABLE_PARTS)}, got {unknown}")
         if self.base != DENSE and find_spec("bitsandbytes") is None:
             raise ValueError(f"base: expected bitsandbytes installed for {self.base!r}; pip install bitsandbytes")
+        if self.recompute is not None and (self.implementation != "fused" or self.checkpointing):
+            raise ValueError("recompute: expected implementation fused without checkpointing")
         make_method(self.method, **self.settings)
 
     def config(self) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
 from mmpeft_fast.models.inputs import num_supervised, training_batch
+from mmpeft_fast.ops import fused_linear
 from mmpeft_fast.ops.providers import provider
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.counting import Recorder, Work
@@ -95,6 +97,7 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
     with contextlib.ExitStack() as stack:
         stack.enter_context(counted_triton(recorder) if runs_triton else provider("torch"))
         stack.enter_context(place)
+        stack.enter_context(_remade_as(recorder))
         optimizer = _optimizer_with_states(trained, request.optimizer)
         states = _states(optimizer)
         holder = nn.Module()
@@ -174,7 +177,7 @@ def build(request: Request, config) -> tuple[nn.Module, str]:
         for parameter in model.parameters():
             if id(parameter) not in own and parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[request.dtype])
-    return (model if is_peft else fuse(model)).train(), baseline
+    return (model if is_peft else fuse(model, recompute=request.recompute)).train(), baseline
 
 
 def _checkpoint(model: nn.Module, place: Placeholders, recorder: Recorder) -> None:
@@ -189,6 +192,16 @@ def _checkpoint(model: nn.Module, place: Placeholders, recorder: Recorder) -> No
     model.gradient_checkpointing_enable(
         {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), again())}
     )
+
+
+@contextlib.contextmanager
+def _remade_as(recorder: Recorder) -> Iterator[None]:
+    """What fused layers make again in the backward is counted as such."""
+    before, fused_linear.recomputing = fused_linear.recomputing, lambda: recorder.during("recompute")
+    try:
+        yield
+    finally:
+        fused_linear.recomputing = before
 
 
 class _FusedAdamW(torch.optim.AdamW):

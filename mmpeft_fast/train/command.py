@@ -31,6 +31,7 @@ from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import shown
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.models import FAMILIES, base_model, family_of, load_pretrained, tiny_model, tiny_names, tiny_processor
+from mmpeft_fast.peft_model import RECOMPUTE
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.checkpoint import check_replaceable
 from mmpeft_fast.train.config import TrainConfig
@@ -175,6 +176,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of samples: each for itself, or those of one image together, for --context shared (default: shuffled)",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", default=None)
+    group.add_argument(
+        "--recompute",
+        choices=RECOMPUTE[1:],
+        help="gate_up: nearly half of what a fused step keeps for the backward is made again there; no number changes",
+    )
     group.add_argument("--seed", type=int, metavar="N")
 
     group = parser.add_argument_group("run")
@@ -330,7 +336,9 @@ def _add_method(model: nn.Module, method: Any, args: argparse.Namespace) -> tupl
             if id(parameter) not in own:
                 parameter.data = parameter.data.to(DTYPES[args.dtype])
     if args.implementation == "fused":
-        model = fuse(model, cuda_graphs=_records_graphs(args))
+        model = fuse(model, cuda_graphs=_records_graphs(args), recompute=args.recompute)
+    elif args.recompute is not None:
+        raise ValueError(f"--recompute: expected --implementation fused, got {args.implementation}")
     return model, implementation
 
 

@@ -150,6 +150,13 @@ def test_trained_embeddings_and_all_layers(stand_in):
     assert recorded(graphed) == LAYERS
 
 
+def test_recomputing_in_a_recorded_backward(stand_in):
+    model = prepared()
+    eager, graphed = fuse(copy.deepcopy(model)), fuse(model, cuda_graphs=True, recompute="gate_up")
+    assert_same_steps(eager, graphed, [tiny_batch("llama", seed=seed) for seed in range(5)])
+    assert recorded(graphed) == LAYERS - 1
+
+
 def test_shapes_have_graphs_of_their_own_and_the_oldest_go(stand_in):
     eager, graphed = pair(prepared())
     graphs_of(graphed).most_shapes = 2

@@ -86,7 +86,8 @@ def measured_step(request: Request) -> Measured:
     elif request.implementation == "peft":
         model, _ = add_baseline(model, method, train_connector="connector" in request.train)
     else:
-        model = fuse(add_peft(model, method, train_connector="connector" in request.train))
+        model = add_peft(model, method, train_connector="connector" in request.train)
+        model = fuse(model, recompute=request.recompute)
     model.train()
     inputs = training_batch(
         config, Real().empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
