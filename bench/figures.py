@@ -131,6 +131,7 @@ def _host(name: str, tapes: bool = True) -> Callable[[], str]:
 FIGURES: dict[str, Callable[[], str]] = {
     "step table": lambda: table(rows("amd-epyc-2-threads/step.jsonl")),
     "quantised table": lambda: table(rows("intel-xeon-2-threads/quantised.jsonl")),
+    "recompute table": lambda: table(rows("intel-xeon-2-threads/recompute.jsonl")),
     "h200 table": _h200_table,
     "memory table": _memory_table,
     "plan nf4 peak": _planned_peak("fused_nf4"), "plan dense peak": _planned_peak("fused"),

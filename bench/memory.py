@@ -5,8 +5,8 @@
 The planner's counts (`mmpeft_fast/plan`): bytes kept for the backward, and the peak with weights, gradients and AdamW.
 `frozen` is the stock model's forward and the gradient of its input embeddings. `peft` is HF PEFT with float32 adapters,
 or the method as eager modules where HF PEFT has none; `peft_bf16` has adapters in the model's dtype; `_ckpt` is with
-activation checkpointing of every layer, `_gate_up` with `fuse(recompute="gate_up")`, `_nf4` on a base that bitsandbytes quantised. On a GPU dropout keeps a byte
-mask, on a CPU it does not.
+activation checkpointing of every layer, `_gate_up` with `fuse(recompute="gate_up")`, `_nf4` on a base that
+bitsandbytes quantised. On a GPU dropout keeps a byte mask, on a CPU it does not.
 """
 
 import argparse

@@ -14,6 +14,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         base = row.get("base", "dense")
         method = row["method"] if base == "dense" else f"{row['method']} on {base}"
+        method += f", {row['recompute']} again" if row.get("recompute") else ""
         cells.setdefault((method, row["dtype"]), {})[row["implementation"]] = row
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- | --- |" + " ---: |" * (len(COLUMNS) - 2)]
     for (method, dtype), by_name in cells.items():
