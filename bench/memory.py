@@ -5,8 +5,8 @@
 The planner's counts (`mmpeft_fast/plan`): bytes kept for the backward, and the peak with weights, gradients and AdamW.
 `frozen` is the stock model's forward and the gradient of its input embeddings. `peft` is HF PEFT with float32 adapters,
 or the method as eager modules where HF PEFT has none; `peft_bf16` has adapters in the model's dtype; `_ckpt` is with
-activation checkpointing of every layer, `_gate_up` with `fuse(recompute="gate_up")`, `_nf4` on a base that
-bitsandbytes quantised. On a GPU dropout keeps a byte mask, on a CPU it does not.
+activation checkpointing of every layer, `_gate_up` with `fuse(recompute="gate_up")`, `_nf4` on a base
+that bitsandbytes quantised. On a GPU dropout keeps a byte mask, on a CPU it does not.
 """
 
 import argparse
@@ -28,6 +28,7 @@ IMPLEMENTATIONS = {
     "peft_ckpt": {"implementation": "peft", "checkpointing": True}, "fused": {"implementation": "fused"},
     "fused_ckpt": {"implementation": "fused", "checkpointing": True},
     "fused_gate_up": {"implementation": "fused", "recompute": "gate_up"},
+    "fused_gate_up+qkv": {"implementation": "fused", "recompute": "gate_up+qkv"},
     "peft_nf4": {"implementation": "peft", "base": "nf4"}, "fused_nf4": {"implementation": "fused", "base": "nf4"},
 }  # fmt: skip
 _GIB = 2**30

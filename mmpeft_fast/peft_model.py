@@ -36,7 +36,7 @@ _FUSED_CLASSES = {
     "vision tower": Graphless,
 }
 # Attributes that fuse puts on modules; unfuse removes them.
-RECOMPUTE = (None, "gate_up")
+RECOMPUTE = (None, "gate_up", "qkv", "gate_up+qkv")
 _FUSE_ATTRIBUTES = (
     "cache_idx",
     "decoder_path",
@@ -220,7 +220,8 @@ def fuse(
             replayed from then on (`layers.graphs`), where nothing forbids it: `fuse_report` says what did. The same
             bits for less of the host's time. A gradient that is kept beyond `zero_grad` has to be cloned.
         recompute: "gate_up": the outputs of gate and up (nearly half of what is kept for the backward) are not kept but
-            made again in the backward, by one more GEMM a layer; the same gradients bit for bit. None: nothing is.
+            made again in the backward, by one more GEMM a layer; "qkv": those of q, k and v (of separate projections);
+            "gate_up+qkv". The same gradients bit for bit. None: nothing is made again.
         verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or
             a training batch with labels.
 
@@ -260,12 +261,13 @@ def fuse(
     fusable = {id(seen.module) for seen in found if seen.reason is None}
     owned = owners(model)
     graphs = LayerGraphs() if cuda_graphs else None
+    parts = () if recompute is None else tuple(recompute.split("+"))
     for layer_idx, layer in enumerate(layers):
         if id(layer) in fusable:
             for roles in (paths.projections, ("gate", "up"), ("down",)):
                 stack_linears([paths.at(layer, role) for role in roles], owned)
             layer.paths, layer.cache_idx, layer.has_own_forward = paths, layer_idx, not is_publishers
-            layer.is_tail, layer.graphs, layer.recompute = layer is layers[-1], graphs, recompute
+            layer.is_tail, layer.graphs, layer.recompute = layer is layers[-1], graphs, parts
     for seen in found:
         if seen.reason is None and seen.part in _FUSED_CLASSES:
             swap_class(seen.module, _FUSED_CLASSES[seen.part])

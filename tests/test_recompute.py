@@ -8,6 +8,7 @@ import torch
 from mmpeft_fast import METHODS, add_peft, cli, fuse, make_method, saved_bytes, unfuse
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.segments import Branch, Segment
+from mmpeft_fast.peft_model import RECOMPUTE
 from tests.tiny_models import TEXT_FAMILIES, loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
 SMALL = {
@@ -17,8 +18,11 @@ SMALL = {
 }
 
 
-def model_of(method: str = "lora", family: str = "llama", dtype: torch.dtype = torch.float32, **settings):
-    model = add_peft(tiny_model(family, dtype=dtype), make_method(method, **(SMALL.get(method, {}) | settings)))
+def model_of(
+    method: str = "lora", family: str = "llama", dtype: torch.dtype = torch.float32, num_layers: int = 2, **settings
+):
+    model = tiny_model(family, dtype=dtype, num_layers=num_layers)
+    model = add_peft(model, make_method(method, **(SMALL.get(method, {}) | settings)))
     randomize_trainable(model)
     return model.train()
 
@@ -32,10 +36,10 @@ def step(model, batch, **context):
     return (*loss_and_grads(model, batch), saved.bytes)
 
 
-def assert_same_bits(model, batch) -> int:
+def assert_same_bits(model, batch, recompute="gate_up+qkv") -> int:
     """Bytes saved less than without."""
     loss, grads, kept = step(fuse(model), batch)
-    fuse(model, recompute="gate_up")
+    fuse(model, recompute=recompute)
     again_loss, again_grads, again_kept = step(model, batch)
     assert torch.equal(loss, again_loss)
     assert grads.keys() == again_grads.keys() and grads
@@ -44,15 +48,22 @@ def assert_same_bits(model, batch) -> int:
     return kept - again_kept
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(method):
-    model, batch = model_of(method), tiny_batch("llama")
+def test_every_method(method, recompute):
+    """The last layer runs its queries and its MLP at the rows that predict a label, its keys and values by a call of
+    their own: these stay. So do q, k and v of a first layer where nothing that makes them is trained."""
+    model, batch = model_of(method, num_layers=3), tiny_batch("llama")
     config, tokens = model.config, batch["input_ids"].numel()
     supervised = int((batch["labels"][:, 1:] != -100).sum(1).max()) * len(batch["labels"])
-    less = assert_same_bits(model, batch)
-    # Of the last layer's MLP only the rows that predict a label are there; gate and up are no weights' sizes.
-    rows = tokens * (config.num_hidden_layers - 1) + supervised
-    assert less == rows * 2 * config.intermediate_size * 4
+    q_and_kv = config.num_attention_heads + 2 * config.num_key_value_heads
+    values = 0
+    if "gate_up" in recompute:
+        values += (2 * tokens + supervised) * 2 * config.intermediate_size
+    if "qkv" in recompute:
+        is_first = method in ("lora", "layernorm", "layernorm-simp")
+        values += (1 + is_first) * tokens * q_and_kv * config.head_dim
+    assert assert_same_bits(model, batch, recompute) == values * 4
 
 
 @pytest.mark.parametrize("family", [family for family in ("llava", "qwen2_vl", "qwen3") if family not in TEXT_FAMILIES])
@@ -82,7 +93,7 @@ def test_under_autocast():
 def test_under_checkpointing_and_twice_through_one_graph():
     model, batch = model_of(), tiny_batch("llama")
     _, grads, _ = step(fuse(model), batch)
-    fuse(model, recompute="gate_up")
+    fuse(model, recompute="gate_up+qkv")
     torch.manual_seed(5)
     loss = model(**batch).loss
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -96,18 +107,18 @@ def test_under_checkpointing_and_twice_through_one_graph():
 
 def test_copies_and_unfuse():
     model, batch = model_of(), tiny_batch("llama")
-    fuse(model, recompute="gate_up")
+    fuse(model, recompute="gate_up+qkv")
     kept = step(model, batch)[2]
     assert step(copy.deepcopy(model), batch)[2] == kept
     fuse(model)  # the last call counts
     assert step(model, batch)[2] > kept
-    unfuse(fuse(model, recompute="gate_up"))
+    unfuse(fuse(model, recompute="gate_up+qkv"))
     assert not any("recompute" in module.__dict__ for module in model.modules())
 
 
 def test_compiled():
     model, batch = model_of(dropout=0.0), tiny_batch("llama")
-    loss, grads = loss_and_grads(fuse(model, recompute="gate_up"), batch)
+    loss, grads = loss_and_grads(fuse(model, recompute="gate_up+qkv"), batch)
     compiled_loss, compiled_grads = loss_and_grads(torch.compile(model, backend="aot_eager"), batch)
     torch.testing.assert_close(compiled_loss, loss)
     for (name, grad), found in zip(grads.items(), compiled_grads.values(), strict=True):
@@ -147,8 +158,8 @@ def test_only_what_one_call_has_made_is_made_again(made_by):
 
 
 def test_bad_values(capsys, tmp_path):
-    with pytest.raises(ValueError, match=r"expected recompute to be one of \[None, 'gate_up'\], got 'qkv'"):
-        fuse(model_of(), recompute="qkv")
+    with pytest.raises(ValueError, match=r"expected recompute to be one of \[None, 'gate_up', .*\], got 'o'"):
+        fuse(model_of(), recompute="o")
     plan = ["plan", "--model", "llava-1.5-7b", "--recompute", "gate_up"]
     assert cli.main([*plan, "--implementation", "peft"]) == 2
     assert "recompute: expected implementation fused without checkpointing" in capsys.readouterr().err

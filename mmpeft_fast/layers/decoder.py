@@ -8,6 +8,7 @@ x2           = fused_linear((gate, up), [down], prologue=swiglu, residual=x1)
 """
 
 import logging
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class FusedDecoderLayer(Swapped):
     text's, where the call brings them; `attn.prefix` is one that the model has for good. `documents`: which tokens see
     which, in place of the mask; never with a cache.
 
-    `recompute`: "gate_up" makes gate and up again in the backward in place of keeping them.
+    `recompute`: "gate_up", "qkv": which outputs are made again in the backward in place of being kept.
 
     `graphs`: replays training passes as CUDA graphs, for all layers of a model; None: every call runs eagerly.
 
@@ -54,7 +55,7 @@ class FusedDecoderLayer(Swapped):
     is_tail = False
     has_own_forward = True
     graphs: LayerGraphs | None = None
-    recompute: str | None = None
+    recompute: Collection[str] = ()
 
     def forward(
         self,
@@ -161,7 +162,7 @@ class FusedDecoderLayer(Swapped):
         )  # fmt: skip
         return fused_linear(
             (gate_y, up_y), [down.segment], prologue="swiglu", in_scale=down.in_scale, residual=x1, seed=seed, stream=3,
-            recompute=self.recompute == "gate_up",
+            recompute="gate_up" in self.recompute,
         )  # fmt: skip
 
     def _check_own_forward(self, reason: Unfusable, prefix: CallPrefix | None) -> None:
@@ -194,6 +195,7 @@ class FusedDecoderLayer(Swapped):
             return attention(
                 *raw, cos, sin, head_dim=head_dim, scale=scale, mask=mask, rows=rows, documents=documents, q_how=q_how,
                 k_how=k_how, v_scale=v_how.scale, eps=head_eps, prefix=prefix, overwrite=True,
+                recompute="qkv" in self.recompute,
             )  # fmt: skip
         # Cached decoding: plain differentiable torch on what the cache returns.
         q = transform_heads(raw[0], q_how, cos, sin, head_dim, head_eps)

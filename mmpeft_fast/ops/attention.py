@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmpeft_fast.documents import Documents, check_documents
-from mmpeft_fast.ops import tape
+from mmpeft_fast.ops import fused_linear, tape
 from mmpeft_fast.ops.attention_schedule import (
     NUM_DIFFERENTIABLE,
     NUM_TENSORS,
@@ -26,6 +26,7 @@ from mmpeft_fast.ops.attention_schedule import (
 )
 from mmpeft_fast.ops.autocast import autocast_dtype, without_autocast
 from mmpeft_fast.ops.flash import shapes_repeat
+from mmpeft_fast.ops.fused_linear import made_again, makers_of
 from mmpeft_fast.ops.kernel_set import HeadTransform
 from mmpeft_fast.ops.norms import rms_norm_ref
 from mmpeft_fast.ops.opaque import traceable
@@ -48,30 +49,44 @@ def _transform_ref(x: Tensor, how: HeadTransform, cos, sin, head_dim: int, eps: 
 
 
 class _Attention(torch.autograd.Function):
-    """Arguments after `runner` (None: the schedule on the kernels of the moment) and `overwrite`: those of an
-    `AttentionCall`. Keeps q, k and v as they went into the softmax; as the GEMM gave them where a scale is trained or a
-    head norm has to be differentiated."""
+    """Arguments after `runner` (None: the schedule on the kernels of the moment), `overwrite` and `makers` (of q, k and
+    v, which are then made again in the backward): those of an `AttentionCall`. Keeps q, k and v as they went into the
+    softmax; as the GEMM gave them where a scale is trained or a head norm has to be differentiated."""
 
     @staticmethod
-    def forward(ctx, runner, overwrite, *arguments):
+    def forward(ctx, runner, overwrite, makers, *arguments):
         tensors, ctx.options = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
         ctx.runner = runner or AttentionRunner(kernel_set("attention", tensors[0]))
         arguments = ctx.options, _needs(ctx), overwrite
         kept = tape.run_step(_forward, ctx.runner, arguments, tensors, state=shapes_repeat())
         ctx.is_raw, ctx.more = kept.is_raw, (kept.joint, kept.kernel)
-        ctx.save_for_backward(*kept[:3], *tensors[3:], kept.out, kept.lse, *kept.extra)
+        ctx.makers, ctx.overwrite, ctx.shapes = makers, overwrite, [x.shape for x in tensors[:3]]
+        ctx.save_for_backward(
+            *(kept[:3] if makers is None else (None,) * 3), *tensors[3:], kept.out, kept.lse, *kept.extra
+        )
         return kept.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        saved = ctx.saved_tensors
+        if ctx.makers is not None:
+            with fused_linear.recomputing():
+                made = [x.view(shape) for x, shape in zip(made_again(ctx.makers), ctx.shapes, strict=True)]
+                arguments = ctx.options, ctx.is_raw, ctx.overwrite
+                made = tape.run_step(_keep_again, ctx.runner, arguments, (*made, *saved[3:NUM_TENSORS]))
+            saved = (*made, *saved[3:])
         arguments = ctx.options, _needs(ctx), ctx.is_raw, ctx.more
-        grads = tape.run_step(_backward, ctx.runner, arguments, (dout, *ctx.saved_tensors), state=shapes_repeat())
-        return None, None, *grads, *(None,) * (len(AttentionCall._fields) - NUM_DIFFERENTIABLE)
+        grads = tape.run_step(_backward, ctx.runner, arguments, (dout, *saved), state=shapes_repeat())
+        return None, None, None, *grads, *(None,) * (len(AttentionCall._fields) - NUM_DIFFERENTIABLE)
 
 
 def _forward(runner, options: tuple, need: tuple[bool, ...], overwrite: bool, *tensors) -> AttentionKept:
     return runner.forward(AttentionCall(*tensors, *options), need, overwrite)
+
+
+def _keep_again(runner, options: tuple, is_raw: tuple[bool, ...], overwrite: bool, *tensors) -> list[Tensor]:
+    return runner.keep_again(AttentionCall(*tensors, *options), is_raw, overwrite)
 
 
 def _backward(runner, options: tuple, need: tuple[bool, ...], is_raw: tuple, more: tuple, dout, *saved) -> tuple:
@@ -81,11 +96,11 @@ def _backward(runner, options: tuple, need: tuple[bool, ...], is_raw: tuple, mor
 
 
 def _needs(ctx) -> tuple[bool, ...]:
-    return ctx.needs_input_grad[2 : 2 + NUM_DIFFERENTIABLE]
+    return ctx.needs_input_grad[3 : 3 + NUM_DIFFERENTIABLE]
 
 
 def _traceable_attention(provider, tensors, *options) -> Tensor:
-    return _Attention.apply(OpaqueAttentionRunner(provider), False, *tensors, *options)
+    return _Attention.apply(OpaqueAttentionRunner(provider), False, None, *tensors, *options)
 
 
 traceable(
@@ -118,6 +133,7 @@ def attention(
     eps: float = 1e-6,
     prefix: tuple[Tensor, Tensor] | None = None,
     overwrite: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """Causal attention from raw projections.
 
@@ -134,6 +150,7 @@ def attention(
         prefix: trainable keys and values, each [HK, P, DH], any float dtype.
         overwrite: q and k are nobody else's: where they are columns of a wider buffer, which lives as long as any of
             its columns, what the backward needs may be written there instead of elsewhere.
+        recompute: as in `fused_linear`, of q, k and v.
 
     Returns:
         [B, T or C, H * DH] in q's dtype; under autocast in autocast's.
@@ -182,7 +199,8 @@ def attention(
     with without_autocast(q):
         if torch.compiler.is_compiling():
             return torch.ops.mmpeft_fast.attention(forced_provider(), list(tensors), *options)
-        return _Attention.apply(None, overwrite, *tensors, *options, documents if mask is None else None)
+        makers = makers_of((q, k, v)) if recompute and torch.is_grad_enabled() else None
+        return _Attention.apply(None, overwrite, makers, *tensors, *options, documents if mask is None else None)
 
 
 def concat_prefix_attention(

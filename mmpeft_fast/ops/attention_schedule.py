@@ -84,16 +84,20 @@ def _alive(mask: Tensor | None) -> Tensor | None:
     return mask.any(-1) if mask.dtype == torch.bool else (mask > float("-inf")).any(-1)
 
 
+def _transformed(kernels: ModuleType, call: AttentionCall, in_place: tuple[bool, bool]) -> tuple[Tensor, ...]:
+    # `.data` has a version counter of its own: k and v, columns of the same buffer, are kept as they came.
+    q, k = (x.data if may else x for x, may in zip((call.q, call.k), in_place, strict=True))
+    return kernels.heads(
+        q, k, call.v, call.how, call.rotation, head_dim=call.head_dim, eps=call.eps, overwrite=(*in_place, False)
+    )
+
+
 def forward(
     kernels: ModuleType, call: AttentionCall, in_place: tuple[bool, bool] = (False, False)
 ) -> tuple[tuple[Tensor, Tensor, Tensor], FlashResult]:
     """q, k, v [B, heads, T, DH] as they go into the softmax, and its result. in_place: q and k give their place to
     theirs."""
-    # `.data` has a version counter of its own: k and v, columns of the same buffer, are kept as they came.
-    q, k = (x.data if may else x for x, may in zip((call.q, call.k), in_place, strict=True))
-    transformed = kernels.heads(
-        q, k, call.v, call.how, call.rotation, head_dim=call.head_dim, eps=call.eps, overwrite=(*in_place, False)
-    )
+    transformed = _transformed(kernels, call, in_place)
     if call.documents is not None:
         result = documents_forward(*transformed, call.documents, call.scale)
     else:
@@ -145,6 +149,19 @@ def backward(
     return dq, dk, dv, dq_scale, dk_scale, dv_scale, dq_gain, dk_gain, dprefix_k, dprefix_v
 
 
+def _in_place(call: AttentionCall, is_raw: tuple[bool, ...], overwrite: bool) -> tuple[bool, bool]:
+    """Whether q and k give their place to what is kept: columns of a wider buffer live as long as any of them."""
+    q, k = (overwrite and not raw and x.stride(1) > x.shape[2] for x, raw in zip(call[:2], is_raw[:2], strict=True))
+    return q, k
+
+
+def _kept(call: AttentionCall, transformed: tuple[Tensor, ...], is_raw: tuple[bool, ...]) -> list[Tensor]:
+    return [
+        x if raw else done.transpose(1, 2).flatten(-2)
+        for x, done, raw in zip(call[:3], transformed, is_raw, strict=True)
+    ]
+
+
 class AttentionRunner(NamedTuple):
     """The schedule on one kernel set."""
 
@@ -160,19 +177,18 @@ class AttentionRunner(NamedTuple):
         is_raw = tuple(
             need_scale or transform.gain is not None for need_scale, transform in zip(need[3:6], call.how, strict=True)
         )
-        # Columns of a wider buffer live as long as any of them: what is kept takes the place of what is not.
-        in_place = tuple(
-            overwrite and not raw and x.stride(1) > x.shape[2] for x, raw in zip(call[:2], is_raw[:2], strict=True)
-        )
         joint = stacking.as_columns(call[:3]) is not None
-        transformed, result = forward(self.kernels, call, in_place)
-        kept = [
-            x if raw else done.transpose(1, 2).flatten(-2)
-            for x, done, raw in zip(call[:3], transformed, is_raw, strict=True)
-        ]
+        transformed, result = forward(self.kernels, call, _in_place(call, is_raw, overwrite))
+        kept = _kept(call, transformed, is_raw)
         # [B, T, H, DH] in memory where the kernel keeps q's layout, so this is a view.
         out = result.out.transpose(1, 2).flatten(-2)
         return AttentionKept(*kept, is_raw, out, result.lse, result.extra, joint, result.kernel)
+
+    def keep_again(self, call: AttentionCall, is_raw: tuple[bool, ...], overwrite: bool) -> list[Tensor]:
+        """q, k, v as `forward` keeps them."""
+        if all(is_raw):
+            return list(call[:3])
+        return _kept(call, _transformed(self.kernels, call, _in_place(call, is_raw, overwrite)), is_raw)
 
     def backward(
         self, call: AttentionCall, kept: AttentionKept, dout: Tensor, need: tuple[bool, ...]

@@ -45,10 +45,10 @@ from mmpeft_fast.ops.segments import POSITIONS, Branch, Segment, check_call
 
 class _FusedLinear(torch.autograd.Function):
     """Arguments after `runner` (None: the schedule on the kernels of the moment), `check` (raises where the call does
-    not fit together), `spec`, `carry` and `makers` (`_makers` of the inputs, which are then not saved): residual, gain,
-    in_scale, seed, the inputs (one or two), then the segments' tensors in the order of `flatten_segments`. Returns a y
-    a segment and, with `carry`, the first input. Packed weights are tensors while a pass runs, and in none of those
-    that are saved."""
+    not fit together), `spec`, `carry` and `makers` (of the inputs, which are then made again in the backward):
+    residual, gain, in_scale, seed, the inputs (one or two), then the segments' tensors in the order of
+    `flatten_segments`. Returns a y a segment and, with `carry`, the first input. Packed weights are tensors while a
+    pass runs, and in none of those that are saved."""
 
     @staticmethod
     def forward(ctx, runner, check, spec, carry, makers, *tensors):
@@ -76,7 +76,10 @@ class _FusedLinear(torch.autograd.Function):
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
-        made = [] if ctx.makers is None else _made_again(ctx.makers)
+        made = []
+        if ctx.makers is not None:
+            with recomputing():
+                made = [schedule.with_plain_rows(x) for x in made_again(ctx.makers)]
         dcarry = dys[len(shapes)] if len(dys) > len(shapes) else None
         dys = [given.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, shapes, strict=False)]
         saved = _saved(ctx)
@@ -97,7 +100,7 @@ _VIEWS = {"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"}
 recomputing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def _makers(inputs: Sequence[Tensor]) -> Makers | None:
+def makers_of(inputs: Sequence[Tensor]) -> Makers | None:
     """By what call each input was made, where that call can make all of them again: the same one, of plain kinds."""
     found = []
     for tensor in inputs:
@@ -110,7 +113,7 @@ def _makers(inputs: Sequence[Tensor]) -> Makers | None:
     return tuple(found) if is_made else None
 
 
-def _made_again(makers: Makers) -> list[Tensor]:
+def made_again(makers: Makers) -> list[Tensor]:
     """The inputs that `makers` had made, by the same steps on the same tensors: the same bits."""
     node = makers[0][0]
     node.read_before = saved = _saved(node)
@@ -118,9 +121,8 @@ def _made_again(makers: Makers) -> list[Tensor]:
     tensors = (None, gain, in_scale, seed, *rest[: sum(node.lengths[:2])])
     if node.packed:
         tensors = unpacked(node.packed, tensors, tensors[4].dtype)
-    with recomputing():
-        outputs, _, _ = tape.run_step(_forward, node.runner, (node.spec, node.needs_input_grad[5:]), tensors)
-        return [schedule.with_plain_rows(outputs[index]) for _, index in makers]
+    outputs, _, _ = tape.run_step(_forward, node.runner, (node.spec, node.needs_input_grad[5:]), tensors)
+    return [outputs[index] for _, index in makers]
 
 
 def _saved(ctx) -> tuple[Tensor | None, ...]:
@@ -213,7 +215,7 @@ def fused_linear(
         y = _compiled(x, segments, prologue, gain, eps, in_scale, residual, seed, stream, carry)
     else:
         spec = call_spec(prologue, eps, segments, stream)
-        makers = _makers(x) if recompute and torch.is_grad_enabled() else None
+        makers = makers_of(x) if recompute and torch.is_grad_enabled() else None
         y = _apply(None, check, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments), makers)
     return tuple(y) if len(y) > 1 else y[0]
 

@@ -101,6 +101,7 @@ def changes(planned: Plan) -> list[Change]:
         consider("activation checkpointing", checkpointing=True, recompute=None)
     if request.implementation == "fused" and not request.checkpointing and request.recompute is None:
         consider("recompute gate and up", recompute="gate_up")
+        consider("recompute gate, up, q, k and v", recompute="gate_up+qkv")
     smaller = _smaller_rank(request)
     if smaller is not None:
         consider("half the " + next(iter(smaller)), settings={**request.settings, **smaller})

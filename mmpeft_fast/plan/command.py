@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     step.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the decoder's layers")
     step.add_argument(
-        "--recompute", metavar="PART", help="gate_up: fused layers make gate and up again in the backward"
+        "--recompute", metavar="PARTS", help="gate_up, qkv or gate_up+qkv: what fused layers make again in the backward"
     )
     for part in ("connector", "embeddings", "head"):
         step.add_argument(f"--train-{part}", action="store_true", help=f"train the {part} too")

@@ -179,7 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute",
         choices=RECOMPUTE[1:],
-        help="gate_up: nearly half of what a fused step keeps for the backward is made again there; no number changes",
+        help="what fused layers make again in the backward in place of keeping it: gate and up are nearly half of what "
+        "is kept, q, k and v most of the rest; no number changes",
     )
     group.add_argument("--seed", type=int, metavar="N")
 
