@@ -52,6 +52,8 @@ class FuseReport:
     """What comparing the model with itself unfused has found, where that was asked for."""
     graphs: str | None = None
     """What runs as CUDA graphs, where that was asked for, and why other calls did not."""
+    recompute: str | None = None
+    """What is made again in the backward in place of being kept."""
     tail: str | None = None
     """Why a fused loss does not run the last layer at labelled positions alone, if so."""
 
@@ -81,6 +83,7 @@ class FuseReport:
             "the last layer runs at every position": self.tail,
             "against the unfused model": self.verified,
             "CUDA graphs": self.graphs,
+            "made again in the backward": self.recompute,
         }
         return "\n".join([*lines, *(f"{what}: {said}" for what, said in more.items() if said is not None)])
 
@@ -109,6 +112,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
         report_of(found),
         verified=base.__dict__.get("verified"),
         graphs=None if graphs is None else graphs.summary(),
+        recompute=next((", ".join(parts) for seen in found if (parts := seen.module.__dict__.get("recompute"))), None),
         tail=base.why_no_tail() if isinstance(base, FusedCausalLM) else None,
     )
 

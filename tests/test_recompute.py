@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mmpeft_fast import METHODS, add_peft, cli, fuse, make_method, saved_bytes, unfuse
+from mmpeft_fast import METHODS, add_peft, cli, fuse, fuse_report, make_method, saved_bytes, unfuse
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.segments import Branch, Segment
 from mmpeft_fast.peft_model import RECOMPUTE
@@ -110,7 +110,9 @@ def test_copies_and_unfuse():
     fuse(model, recompute="gate_up+qkv")
     kept = step(model, batch)[2]
     assert step(copy.deepcopy(model), batch)[2] == kept
+    assert "made again in the backward: gate_up, qkv" in str(fuse_report(model))
     fuse(model)  # the last call counts
+    assert fuse_report(model).recompute is None
     assert step(model, batch)[2] > kept
     unfuse(fuse(model, recompute="gate_up+qkv"))
     assert not any("recompute" in module.__dict__ for module in model.modules())
