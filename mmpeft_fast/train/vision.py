@@ -19,7 +19,7 @@ from mmpeft_fast.data.feature_store import DEFAULT_MOST_BYTES
 from mmpeft_fast.models import base_model, family_of
 from mmpeft_fast.train.identity import modules_digest, weights_digest
 
-_POOLED, _DEEP = "features", "deepstack_features"
+_POOLED, _DEEP, _JOINT = "features", "deepstack_features", ".joint"
 
 
 def cache_vision(model: nn.Module, folder: str | Path, *, most_bytes: int = DEFAULT_MOST_BYTES) -> FeatureStore:
@@ -116,7 +116,12 @@ class _KeptFeatures:
         with torch.autocast(inputs["pixel_values"].device.type, enabled=False):
             output = self._compute(**inputs, return_dict=True)
         deep = getattr(output, _DEEP, None) or ()
-        return {_POOLED: output.pooler_output[0]} | {f"{_DEEP}.{index}": each[0] for index, each in enumerate(deep)}
+        features = {_POOLED: output.pooler_output[0]}
+        for index, each in enumerate(deep):
+            # Up to transformers 5.17 one tensor for all images, later one for each.
+            is_joint = isinstance(each, Tensor)
+            features[f"{_DEEP}.{index}{_JOINT if is_joint else ''}"] = each if is_joint else each[0]
+        return features
 
 
 def _as_output(images: list[dict[str, Tensor]]) -> Any:
@@ -124,7 +129,10 @@ def _as_output(images: list[dict[str, Tensor]]) -> Any:
     output = transformers.modeling_outputs.BaseModelOutputWithPooling(
         pooler_output=[image[_POOLED] for image in images]
     )
-    depths = sum(name.startswith(_DEEP) for name in images[0])
-    if depths:
-        output.deepstack_features = [[image[f"{_DEEP}.{index}"] for image in images] for index in range(depths)]
+    deep = sorted((name for name in images[0] if name.startswith(_DEEP)), key=lambda name: int(name.split(".")[1]))
+    if deep:
+        levels = [[image[name] for image in images] for name in deep]
+        output.deepstack_features = [
+            torch.cat(level) if name.endswith(_JOINT) else level for name, level in zip(deep, levels, strict=True)
+        ]
     return output
