@@ -5,6 +5,7 @@ Every sub-command lives in a module with `add_arguments(parser)` and `run(args) 
 
 import argparse
 import importlib
+import logging
 import sys
 from typing import NoReturn
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: from argparse, for --help, --version and unknown options.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # It warns, as HF PEFT imports it, of a kernel that it cannot download; nothing here calls that one.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         args = _parser(argv).parse_args(argv)
         return args.run(args)
