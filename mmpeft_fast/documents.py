@@ -137,7 +137,7 @@ def _above(row: Sequence[tuple[int, int]], index: int) -> list[int]:
 def _tables(documents: Documents, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """sees [B, N, N] bool: whether a document sees all of another; document [B, length]: that of each token, the last
     number N - 1 for padding."""
-    most = max((len(row) for row in documents.rows), default=0) + 1
+    most = 1 + max([0, *map(len, documents.rows)])
     sees = torch.zeros(len(documents.rows), most, most, dtype=torch.bool)
     document = torch.full((len(documents.rows), length), most - 1)
     for row_idx, (row, used) in enumerate(zip(documents.rows, documents.lengths, strict=True)):
