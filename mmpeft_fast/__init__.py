@@ -44,6 +44,8 @@ _HOMES = {
     "peak_bytes": "measure",
     "profile": "profiling.session",
     "saved_bytes": "measure",
+    "shared_rows": "contexts",
+    "SharedRows": "contexts",
 }
 
 __all__ = ["__version__", *_HOMES]

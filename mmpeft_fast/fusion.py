@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from mmpeft_fast import hf_peft
 from mmpeft_fast.layers.causal_lm import FusedCausalLM, why_not_known
@@ -13,6 +14,7 @@ from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphless import marked_modules
 from mmpeft_fast.layers.reading import read_layer
+from mmpeft_fast.layers.shared_contexts import context_summary
 from mmpeft_fast.layers.sites import Unfusable, check_forward, read_norm
 from mmpeft_fast.models import Family, base_model, family_of
 
@@ -54,6 +56,8 @@ class FuseReport:
     """What runs as CUDA graphs, where that was asked for, and why other calls did not."""
     recompute: str | None = None
     """What is made again in the backward in place of being kept."""
+    contexts: str | None = None
+    """In how many calls rows shared what they begin with, where that was asked for, and why not in the others."""
     tail: str | None = None
     """Why a fused loss does not run the last layer at labelled positions alone, if so."""
 
@@ -84,6 +88,7 @@ class FuseReport:
             "against the unfused model": self.verified,
             "CUDA graphs": self.graphs,
             "made again in the backward": self.recompute,
+            "beginnings of rows shared": self.contexts,
         }
         return "\n".join([*lines, *(f"{what}: {said}" for what, said in more.items() if said is not None)])
 
@@ -113,6 +118,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
         verified=base.__dict__.get("verified"),
         graphs=None if graphs is None else graphs.summary(),
         recompute=next((", ".join(parts) for seen in found if (parts := seen.module.__dict__.get("recompute"))), None),
+        contexts=context_summary(base.base_model) if isinstance(base, PreTrainedModel) else None,
         tail=base.why_no_tail() if isinstance(base, FusedCausalLM) else None,
     )
 

@@ -24,9 +24,11 @@ class FuseCallback(TrainerCallback):
         verify: bool = True,
         cuda_graphs: bool = False,
         recompute: str | None = None,
+        share_contexts: bool = False,
     ):
         self.options = {
             "keep_logits": keep_logits, "strict": strict, "cuda_graphs": cuda_graphs, "recompute": recompute,
+            "share_contexts": share_contexts,
         }  # fmt: skip
         self.verify = verify
 

@@ -21,6 +21,7 @@ from mmpeft_fast.layers.graphs import LayerGraphs
 from mmpeft_fast.layers.peft_linear import PeftLinear, can_carry
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
+from mmpeft_fast.layers.shared_contexts import SharedContexts
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
@@ -39,10 +40,12 @@ _FUSED_CLASSES = {
 RECOMPUTE = (None, "gate_up", "qkv", "gate_up+qkv")
 _FUSE_ATTRIBUTES = (
     "cache_idx",
+    "context_calls",
     "decoder_path",
     "full_attention",
     "graphs",
     "has_own_forward",
+    "image_token",
     "is_tail",
     "recompute",
     "keep_logits",
@@ -201,6 +204,7 @@ def fuse(
     verify: bool | Mapping[str, Any] = False,
     cuda_graphs: bool = False,
     recompute: str | None = None,
+    share_contexts: bool = False,
 ) -> nn.Module:
     """Replaces the computation of decoder, norms, head and loss by the fused one, in place.
 
@@ -222,16 +226,21 @@ def fuse(
         recompute: "gate_up": the outputs of gate and up (nearly half of what is kept for the backward) are not kept but
             made again in the backward, by one more GEMM a layer; "qkv": those of q, k and v (of separate projections);
             "gate_up+qkv". The same gradients bit for bit. None: nothing is made again.
+        share_contexts: rows of a batch that begin alike (and show the same image) compute that once, whoever calls the
+            model and whatever reads its hidden states: two answers to a prompt in TRL's DPOTrainer, completions of one
+            prompt. Needs token ids, `use_cache=False` and no `position_ids`; `fuse_report` counts the calls. The same
+            result; with dropout, shared tokens share their masks.
         verify: then compares the fused model with itself unfused on a few tokens (`verify_fused`): True makes them, or
             a training batch with labels.
 
     Returns:
-        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits`, `cuda_graphs`
-        and `recompute` of the last call count.
+        The same model. Fusing again is harmless and takes in what has become fusable; `keep_logits`, `cuda_graphs`,
+        `recompute` and `share_contexts` of the last call count.
 
     Raises:
-        ValueError: not a module, another `recompute`; with `strict`, something cannot be fused or computes something
-            else; a publisher's model (Qwen-VL) with a layer that cannot be.
+        ValueError: not a module, another `recompute`; `share_contexts` for a family whose rows cannot be documents;
+            with `strict`, something cannot be fused or computes something else; a publisher's model (Qwen-VL) with a
+            layer that cannot be.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"fuse: expected a model, got {type(model).__name__}")
@@ -245,6 +254,8 @@ def fuse(
             raise
         warnings.warn(f"fuse: nothing is fused: {error}", stacklevel=2)
         return model
+    if share_contexts:
+        _check_contexts(base, family)
     found = candidates(model, family)
     is_publishers = not issubclass(own_class(base), family.model_class)
     refused = [seen for seen in found if seen.reason is not None]
@@ -283,9 +294,26 @@ def fuse(
         base.paths, base.decoder_path = paths, family.decoder
     if is_prefix:
         hf_peft.fuse_prefix(model, decoder)
+    below_head = base.base_model
+    if share_contexts:
+        swap_class(below_head, SharedContexts)
+        below_head.paths, below_head.image_token = paths, getattr(base.config, "image_token_id", None)
+        below_head.decoder_path = family.decoder.removeprefix(base.base_model_prefix).removeprefix(".")
+    elif isinstance(below_head, SharedContexts):
+        _unfuse_module(below_head)
     if verify is not False:
         verify_fused(model, None if verify is True else verify, strict=strict)
     return model
+
+
+def _check_contexts(base: nn.Module, family: Family) -> None:
+    reason = family.why_not_packed
+    if reason is None and not family.full_attention(base):
+        reason = "its attention's window slides"
+    if reason is None and not isinstance(base, family.model_class):
+        reason = f"a {type(base).__name__} has no {family.model_class.base_model_prefix} below its head"
+    if reason is not None:
+        raise ValueError(f"fuse: expected share_contexts=False for family {family.name!r}: {reason}")
 
 
 def verify_fused(model: nn.Module, batch: Mapping[str, Any] | None = None, *, strict: bool = False) -> None:

@@ -16,6 +16,7 @@ PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "qua
 SHARED = {
     "atomic",
     "closeness",
+    "contexts",
     "documents",
     "dtypes",
     "fields",
@@ -49,6 +50,7 @@ ALLOWED = {
     "atomic": set(),
     "placement": set(),
     "plugins": set(),
+    "contexts": set(),
     "documents": set(),
     "dtypes": set(),
     "labels": set(),

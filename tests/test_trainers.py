@@ -1,11 +1,11 @@
-"""Fused models inside transformers' Trainer and TRL's SFTTrainer: the same training as unfused ones."""
+"""Fused models inside transformers' Trainer and TRL's SFTTrainer and DPOTrainer: the same training as unfused ones."""
 
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from mmpeft_fast import FuseCallback, LoRA, add_peft, fuse, is_fused
+from mmpeft_fast import FuseCallback, LoRA, add_peft, fuse, fuse_report, is_fused
 from tests.tiny_models import randomize_trainable, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use_cpu.*")
@@ -31,16 +31,18 @@ def trained_values(model):
     return torch.cat(values)
 
 
+def losses_of(trainer):
+    return torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
+
+
 def assert_same_training(run):
     """run(how) trains and returns the trainer; the parameters end up where the unfused ones do, and have moved."""
     trainers = {how: run(how) for how in ("unfused", "before", "callback")}
-    losses = {
-        how: [row["loss"] for row in trainer.state.log_history if "loss" in row] for how, trainer in trainers.items()
-    }
+    losses = {how: losses_of(trainer) for how, trainer in trainers.items()}
     assert len(losses["unfused"]) >= 4 and losses["unfused"][0] != losses["unfused"][-1]
     for how in ("before", "callback"):
         assert is_fused(trainers[how].model) and not is_fused(trainers["unfused"].model)
-        torch.testing.assert_close(torch.tensor(losses[how]), torch.tensor(losses["unfused"]), rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(losses[how], losses["unfused"], rtol=2e-4, atol=2e-4)
     return trainers
 
 
@@ -131,10 +133,11 @@ def test_the_packages_own_methods_in_trainer(tmp_path):
 
 
 def tokenizer():
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 60)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -170,3 +173,37 @@ def test_trl(peft_config, tmp_path):
         return trainer
 
     assert_same_training(run)
+
+
+def test_trl_preferences(tmp_path):
+    """Two answers to one prompt in TRL's DPOTrainer; the reference is the model with its adapter off."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count):
+        return " ".join(f"w{i}" for i in torch.randint(30, 60, (count,), generator=generator).tolist())
+
+    data = datasets.Dataset.from_list(
+        [{"prompt": words(40 + i), "chosen": " " + words(5), "rejected": " " + words(3 + i)} for i in range(4)]
+    )
+
+    def run(how):
+        trainer = trl.DPOTrainer(
+            tiny_model("llama"),
+            args=trl.DPOConfig(
+                output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, use_cpu=True,
+                report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True, bf16=False,
+                gradient_checkpointing=False, dataloader_pin_memory=False,
+            ),
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+            callbacks=[FuseCallback(share_contexts=True)] if how == "callback" else None,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    plain, fused = run("unfused"), run("callback")
+    torch.testing.assert_close(losses_of(fused), losses_of(plain), rtol=1e-4, atol=1e-6)
+    assert fuse_report(fused.model).contexts.startswith("in 8 calls of 8")  # each step's, and the reference's

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmpeft_fast.contexts import LEAST_SHARED
 from mmpeft_fast.data.collate import Collator
 from mmpeft_fast.data.conversations import LEAST_BYTES, Sample
 from mmpeft_fast.data.feature_store import FeatureStore
@@ -17,8 +18,6 @@ from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
 
 CONTEXTS = ("shared", "packed")
-# A shorter beginning costs more as a part of its own than it saves.
-_LEAST_SHARED = 32
 
 
 def why_not_packed(processor: Any) -> str | None:
@@ -133,7 +132,7 @@ class SharedContextCollator(Collator):
         for index, sample in enumerate(samples):
             length, context, group = sizes[index]
             is_shared = sample.image is not None and len(beginnings[digests[sample.image]]) == 1
-            if not (is_shared and _LEAST_SHARED <= context < length):
+            if not (is_shared and LEAST_SHARED <= context < length):
                 sizes[index] = Size(length, 0, group)
         return sizes
 
@@ -160,6 +159,6 @@ class SharedContextCollator(Collator):
         for index in members:
             labelled = (rows[index]["labels"] != IGNORE_INDEX).nonzero()
             shared = min(shared, int(labelled[0]) - 1 if len(labelled) else shared)
-        if shared < _LEAST_SHARED or any(self._is_image(row[shared:]).any() for row in ids):
+        if shared < LEAST_SHARED or any(self._is_image(row[shared:]).any() for row in ids):
             return 0
         return shared

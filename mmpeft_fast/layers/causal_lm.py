@@ -17,6 +17,7 @@ from mmpeft_fast.layers.class_swap import Swapped, is_swapped, own_class
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.known import package_of, why_unknown, why_unknown_function
 from mmpeft_fast.layers.reading import is_fused
+from mmpeft_fast.layers.shared_contexts import SharedContexts
 from mmpeft_fast.layers.sites import Unfusable, has_hooks, is_plain, read_linear, read_norm, why_not_as_known
 from mmpeft_fast.ops.cross_entropy import linear_cross_entropy
 from mmpeft_fast.ops.rows import take_rows
@@ -266,7 +267,10 @@ class FusedCausalLM(Swapped):
         # Keys of a cache are not counted by the queries' own positions, and it wants to be given all of them.
         no_cache = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
         is_seen = asks_for(self, "output_hidden_states", kwargs)
-        layers = self._mark_tail() if no_cache and not is_seen else []
+        shared = None
+        if isinstance(self.base_model, SharedContexts) and documents is None and not is_seen:
+            shared = tail["shared_rows"] = self.base_model.rows_to_share(kwargs)
+        layers = self._mark_tail() if no_cache and not is_seen and shared is None else []
         if layers and not has_hooks(layers[-1]):
             is_padding = mask.dim() == 2 if isinstance(mask, Tensor) else mask is None
             can_be_ignored = right_padded and self.full_attention and is_padding and not self._may_be_packed(kwargs)

@@ -20,8 +20,9 @@ _PEFT = ("test_decoder_models", "test_initialization", "test_mixed", "test_lora_
 _TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3", "llava", "qwen2_vl")
 # What the suites import beyond this project's requirements: module and distribution.
 NEEDED = {
-    "parameterized": "parameterized", "scipy": "scipy", "attr": "attrs", "diffusers": "diffusers", "requests": "requests",
-    "importlib_metadata": "importlib_metadata", "zipp": "zipp", "urllib3": "urllib3", "certifi": "certifi",
+    "parameterized": "parameterized", "scipy": "scipy", "attr": "attrs", "diffusers": "diffusers",
+    "requests": "requests", "importlib_metadata": "importlib_metadata", "zipp": "zipp", "urllib3": "urllib3",
+    "certifi": "certifi",
     "charset_normalizer": "charset-normalizer", "idna": "idna", "httpx": "httpx",
 }  # fmt: skip
 _HERE = Path(__file__).parent
