@@ -107,6 +107,19 @@ def replace(owner, name):
     return modify
 
 
+def replace_operator(name):
+    def modify(model, patch):
+        plain = getattr(torch.Tensor, name)
+
+        def scaled(*args):
+            y = plain(*args)
+            return torch.mul(y, 1.25) if y.is_floating_point() else y
+
+        patch.setattr(torch.Tensor, name, scaled)
+
+    return modify
+
+
 def replace_repeating(model, patch):
     patch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
     replace(sdpa_attention, "repeat_kv")(model, patch)
@@ -251,6 +264,7 @@ MODIFICATIONS = {
     "the activation's function wrapped": wrap(nn.functional, "silu"),
     "the linear layers' function wrapped": wrap(nn.functional, "linear"),
     "a tensor's method replaced": replace(torch.Tensor, "pow"),
+    **{f"a tensor's {name} replaced": replace_operator(name) for name in ("__mul__", "__add__", "__neg__")},
     "weight of a subclass": weight_of_a_subclass,
     "class of attention patched": patch_class(modeling_llama.LlamaAttention),
     "class of MLP patched": patch_class(modeling_llama.LlamaMLP),

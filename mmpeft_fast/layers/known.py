@@ -39,6 +39,11 @@ _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
 # These modules are called, so that what stands around their forward runs: as it may for a layer, whereas a head must
 # still work row by row.
 _SPECIAL_OF_CALLED = {"decoder_layer": (), "head": ("__call__",)}
+# Operators that libraries' functions and this package's own apply to tensors.
+_OPERATORS = (
+    "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__",
+    "__truediv__", "__rtruediv__", "__itruediv__", "__matmul__", "__neg__", "__pow__", "__getitem__", "__setitem__",
+)  # fmt: skip
 
 
 class _Unknown(ValueError):
@@ -153,17 +158,24 @@ def _check_members(tree: ast.AST, namespace: dict, lookups: list[Lookup]) -> Non
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             _check_member(node, namespace, lookups)
+    for name in _OPERATORS:
+        _check_method(name, lookups)
+
+
+def _check_method(name: str, lookups: list[Lookup]) -> None:
+    """Raises where a tensor's method of that name, if there is one, is of no library."""
+    method = getattr(Tensor, name, None)
+    if callable(method):
+        lookups.append(Lookup(Tensor, name, method))
+        if not _is_of_library(method):
+            raise _Unknown(f"torch.Tensor.{name} was replaced")
 
 
 def _check_member(node: ast.Attribute, namespace: dict, lookups: list[Lookup]) -> None:
     """Raises where `node` is a member of a library's module, or has the name of a tensor's method, that is of no
     library."""
     path = [node.attr]
-    method = getattr(Tensor, node.attr, None)
-    if callable(method):
-        lookups.append(Lookup(Tensor, node.attr, method))
-        if not _is_of_library(method):
-            raise _Unknown(f"torch.Tensor.{node.attr} was replaced")
+    _check_method(node.attr, lookups)
     while isinstance(node.value, ast.Attribute):
         node = node.value
         path.insert(0, node.attr)
