@@ -26,6 +26,12 @@ TRAINABLE = {
         ("prefix", ("num_virtual_tokens", 10)): 2_621_440,
         ("prefix", ("num_virtual_tokens", 40)): 10_485_760,
         ("prefix", ("projection", True)): 1_090_867_200,
+        # The seven linear layers take 6 x 4,096 + 11,008 = 35,584 numbers in and give 5 x 4,096 + 2 x 11,008 = 42,496.
+        ("sharelora",): 64 * (35_584 + 32 * 42_496),
+        ("sharelora", ("shared", "up")): 64 * (32 * 35_584 + 42_496),
+        ("sharelora", ("shared", "both")): 64 * 78_080,
+        ("msplora",): (64 + 4 * 32 + 32 * 16) * 78_080,
+        ("msplora", ("group_layers", 5)): (64 + 7 * 32 + 32 * 16) * 78_080,
     },
     "llava-1.5-13b": {
         ("adapter",): 314_572_800,

@@ -5,7 +5,20 @@ import copy
 import pytest
 import torch
 
-from mmpeft_fast import IA3, METHODS, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, make_method, unfuse
+from mmpeft_fast import (
+    IA3,
+    METHODS,
+    Adapter,
+    LayerNorm,
+    LoRA,
+    MSPLoRA,
+    Prefix,
+    ShareLoRA,
+    add_peft,
+    fuse,
+    make_method,
+    unfuse,
+)
 from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear
 from mmpeft_fast.placement import ATTENTION_ROLES, BranchPlacement
 from tests.closeness import assert_as_close_as_eager
@@ -37,6 +50,22 @@ def test_locations():
     assert len(set(streams)) == 7
 
 
+def test_what_layers_share():
+    """MSPLoRA's parts have a scaling each: 16 / 64, 16 / 32, 16 / 16."""
+    parts = MSPLoRA().place().branches["q"]
+    assert [(part.rank, part.scaling, part.down_layers, part.up_layers) for part in parts] == [
+        (64, 0.25, 0, 0), (32, 0.5, 8, 8), (16, 1.0, 1, 1)
+    ]  # fmt: skip
+    for shared, layers in (("down", (0, 1)), ("up", (1, 0)), ("both", (0, 0))):
+        branch = ShareLoRA(shared=shared).place().branches["v"]
+        assert (branch.down_layers, branch.up_layers) == layers and branch.scaling == 0.25
+    model = add_peft(tiny_model("llama", num_layers=3), MSPLoRA(r=4, group_layers=2, targets=("q",)))
+    first, second, third = (layer.self_attn.q_proj.branches for layer in model.model.layers)
+    assert first[0].down is third[0].down and first[0].up is second[0].up
+    assert first[1].up is second[1].up and second[1].up is not third[1].up
+    assert first[2].down is not second[2].down
+
+
 @pytest.mark.parametrize(
     "name, settings, message",
     [
@@ -64,7 +93,10 @@ def test_locations():
         ("adapter", {"activation": "selu"}, "Adapter.activation: expected one of .* got 'selu'"),
         ("adapter", {"init": "zeros"}, "Adapter.init: expected one of .* got 'zeros'"),
         ("prefix", {"num_virtual_tokens": 0}, "Prefix.num_virtual_tokens: expected an integer of 1 to 65536, got 0"),
-        ("dora", {}, "unknown method 'dora'; expected one of .*'lora'"),
+        ("lora2", {}, "unknown method 'lora2'; expected one of .*'lora'"),
+        ("sharelora", {"shared": "all"}, "ShareLoRA.shared: expected one of .* got 'all'"),
+        ("msplora", {"r": 6}, "MSPLoRA.r: expected an integer of 1 to 65536 and divisible by 4, got 6"),
+        ("msplora", {"targets": ("w",)}, r"MSPLoRA: unknown roles \['w'\]"),
     ],
 )
 def test_refused_settings(name, settings, message):
@@ -91,7 +123,7 @@ def test_only_the_method_is_trained(name):
     marks = {
         "lora": ("branches",), "adapter": ("branches",), "ia3": ("_scale",), "prefix": ("prefix_encoder",),
         "layernorm-simp": ("layernorm",), "layernorm": ("layernorm", "merger", "embed_tokens", "lm_head"),
-    }[name]  # fmt: skip
+    }.get(name, ("branches",))  # fmt: skip
     assert trained and all(any(mark in n for mark in marks) for n in trained)
     assert all(any(mark in n for n in trained) for mark in marks)
 

@@ -212,7 +212,7 @@ def test_every_method_on_some_layers_alone(name, by_hf_peft, tmp_path):
     randomize_trainable(model)
     model.double().train()
     whole = add_peft(tiny_model("llama", num_layers=3), make_method(name))
-    if name != "layernorm":  # which also trains parts that are no layers
+    if name not in ("layernorm", "sharelora", "msplora"):  # which train what is no single layer's
         numbers = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, whole)]
         assert numbers[0] * 3 == numbers[1] * count
     batch = tiny_batch("llama", dtype=torch.float64)

@@ -29,6 +29,8 @@ METHODS = {
     "prefix-projection": ("prefix", {"num_virtual_tokens": 5, "projection": True}),
     "layernorm": ("layernorm", {}),
     "layernorm-simp": ("layernorm-simp", {"final": True}),
+    "sharelora": ("sharelora", {"r": 4, "dropout": 0.0, "shared": "both"}),
+    "msplora": ("msplora", {"r": 8, "dropout": 0.0}),
 }
 HF_PEFT_HAS = ("lora", "ia3", "layernorm")
 MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -61,7 +61,7 @@ def test_every_method(method, recompute):
     if "gate_up" in recompute:
         values += (2 * tokens + supervised) * 2 * config.intermediate_size
     if "qkv" in recompute:
-        is_first = method in ("lora", "layernorm", "layernorm-simp")
+        is_first = method in ("lora", "sharelora", "msplora", "layernorm", "layernorm-simp")
         values += (1 + is_first) * tokens * q_and_kv * config.head_dim
     assert assert_same_bits(model, batch, recompute) == values * 4
 

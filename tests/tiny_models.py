@@ -10,6 +10,8 @@ from mmpeft_fast.models import FAMILIES
 VOCABULARY = 60
 TEXT_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family.vision_tower)
 _FEW_METHODS = ("lora", "ia3", "prefix")
+# Made of LoRA's branches, which run in every family; these run in one of text and one of images.
+_LORA_KIN, _THEIR_FAMILIES = ("sharelora", "msplora", "lora-fa", "dora"), ("llama", "qwen2_vl")
 # Pixels [height, width] of the samples' images where a family tiles them, the tiles of each and the tokens they become.
 _TILED_SIZES = ((64, 64), (40, 64), (32, 32))
 _NUM_TILES = (5, 5, 3)
@@ -17,13 +19,14 @@ _NUM_IMAGE_TOKENS = {"llava_next": (24, 14, 10), "llava_onevision": (10, 14, 10)
 
 
 def family_method_cases(methods) -> list[tuple[str, str]]:
-    """Every family with every method, but Mistral, Qwen2 and Qwen3 with three: they differ from LLaMA, which runs all,
-    in biases on q, k, v, head norms and widths alone."""
+    """Every family with every method of the study, but Mistral, Qwen2 and Qwen3 with three: they differ from LLaMA,
+    which runs all, in biases on q, k, v, head norms and widths alone."""
     return [
         (family, method)
         for family in FAMILIES
         for method in methods
-        if family == "llama" or family not in TEXT_FAMILIES or method in _FEW_METHODS
+        if (family == "llama" or family not in TEXT_FAMILIES or method in _FEW_METHODS)
+        and (method not in _LORA_KIN or family in _THEIR_FAMILIES)
     ]
 
 

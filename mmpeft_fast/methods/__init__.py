@@ -1,4 +1,4 @@
-"""The methods of the study. A new method is one file and one line in `METHODS`, or outside of this package one call of
+"""The methods. A new method is one file and one line in `METHODS`, or outside of this package one call of
 `register_method`."""
 
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from mmpeft_fast.methods.ia3 import IA3
 from mmpeft_fast.methods.layernorm import LayerNorm
 from mmpeft_fast.methods.lora import LoRA
 from mmpeft_fast.methods.method import Method
+from mmpeft_fast.methods.msplora import MSPLoRA
 from mmpeft_fast.methods.prefix import Prefix
+from mmpeft_fast.methods.sharelora import ShareLoRA
 
 METHODS: dict[str, Callable[..., Method]] = {
     "lora": LoRA,
@@ -20,6 +22,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prefix": Prefix,
     "layernorm": partial(LayerNorm, connector=True, embeddings=True, head=True),
     "layernorm-simp": LayerNorm,
+    "sharelora": ShareLoRA,
+    "msplora": MSPLoRA,
 }
 
 __all__ = [
@@ -28,8 +32,10 @@ __all__ = [
     "Adapter",
     "LayerNorm",
     "LoRA",
+    "MSPLoRA",
     "Method",
     "Prefix",
+    "ShareLoRA",
     "make_method",
     "method_class",
     "register_method",
