@@ -11,10 +11,14 @@ from peft import PrefixTuningConfig
 from peft.tuners.ia3 import Linear as PeftIA3Linear
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.vera import Linear as PeftVeraLinear
 from torch import nn
 
 from mmpeft_fast.layers.causal_lm import asks_for, called_parts, why_not_own_forward
 from mmpeft_fast.layers.class_swap import Swapped, is_swapped, swap_class
+from mmpeft_fast.layers.known import why_unknown_function
 from mmpeft_fast.layers.prefix import CallPrefix
 from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.layers.sites import (
@@ -28,6 +32,8 @@ from mmpeft_fast.layers.sites import (
     register_linear,
     register_norm,
 )
+from mmpeft_fast.ops.packed import PackedWeight
+from mmpeft_fast.ops.row_norms import row_norms
 from mmpeft_fast.ops.segments import Branch
 
 
@@ -46,8 +52,9 @@ def read_lora(module: PeftLoraLinear) -> LinearSite:
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
-        if getattr(module, "lora_variant", {}).get(name) is not None or module.use_dora.get(name, False):
-            raise Unfusable(f"LoRA adapter {name!r} is a variant (DoRA or other); expected plain LoRA")
+        variant = getattr(module, "lora_variant", {}).get(name)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            raise Unfusable(f"LoRA adapter {name!r} is a {type(variant).__name__}; expected plain LoRA or DoRA")
         if module.fan_in_fan_out:
             raise Unfusable(f"LoRA adapter {name!r} is stored transposed; expected fan_in_fan_out=False")
         down, up, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
@@ -55,12 +62,51 @@ def read_lora(module: PeftLoraLinear) -> LinearSite:
             if type(linear) is not nn.Linear:
                 raise Unfusable(f"LoRA adapter {name!r} has a {type(linear).__name__}; expected torch.nn.Linear")
             check_bypassed(linear, "linear")
+        if variant is not None:
+            return _with_direction(module, name, site)
         dropout = read_dropout(module.lora_dropout[name])
         branches.append(Branch(down.weight, up.weight, scaling, dropout=dropout))
         if up.bias is not None:
             extra = (scaling * up.bias).to(site.segment.weight.dtype or up.bias.dtype)
             bias = extra if bias is None else bias + extra
     return LinearSite(site.segment._replace(branches=tuple(branches), bias=bias))
+
+
+def _with_direction(module: PeftLoraLinear, name: str, site: LinearSite) -> LinearSite:
+    """DoRA: y = c * (W x + s U D x) + b with c = m / |W + s U D| by row, whose norm HF PEFT takes for a constant."""
+    layer, segment = module.lora_magnitude_vector[name], site.segment
+    check_bypassed(layer, "dora")
+    for function in (DoraLinearVariant.forward, DoraLinearLayer.get_weight_norm, DoraLinearLayer.get_lora_weight):
+        reason = why_unknown_function(function, "dora_step")
+        if reason is not None:
+            raise Unfusable(reason)
+    down, up, scaling = module.lora_A[name].weight, module.lora_B[name], module.scaling[name]
+    if type(layer) is not DoraLinearLayer or up.bias is not None or isinstance(segment.weight, PackedWeight):
+        raise Unfusable(f"DoRA adapter {name!r} is on packed weights or has a bias; expected plain weights and none")
+    if [each for each in module.active_adapters if each in module.lora_A] != [name]:
+        raise Unfusable(f"DoRA adapter {name!r} is active beside others; expected it alone")
+    if module.training and read_dropout(module.lora_dropout[name]):
+        raise Unfusable(f"DoRA adapter {name!r} drops inputs of the base layer too; expected lora_dropout=0")
+    direction = layer.weight / row_norms(segment.weight, down, up.weight, scaling)
+    # The op scales the bias as well.
+    bias = None if segment.bias is None else (segment.bias / direction).to(segment.bias.dtype)
+    branch = Branch(down, up.weight, scaling)
+    return LinearSite(segment._replace(branches=(branch,), bias=bias, out_scale=direction))
+
+
+def read_vera(module: PeftVeraLinear) -> LinearSite:
+    """y = W x + b + l_b * U (l_d * D drop(x)): D and U are frozen and all layers', the vectors l_d and l_b trained."""
+    site = read_linear(module.get_base_layer())
+    if _inactive(module):
+        return site
+    branches = []
+    for name in module.active_adapters:
+        if name in module.vera_lambda_d:
+            inner, outer = module.vera_lambda_d[name], module.vera_lambda_b[name]
+            down = module.vera_A[name][:, : module.in_features].to(inner.device) * inner[:, None]
+            up = module.vera_B[name][: module.out_features].to(outer.device) * outer[:, None]
+            branches.append(Branch(down, up, dropout=read_dropout(module.vera_dropout[name])))
+    return site._replace(segment=site.segment._replace(branches=tuple(branches)))
 
 
 def read_ia3(module: PeftIA3Linear) -> LinearSite:
@@ -96,6 +142,7 @@ def register_readers() -> None:
 def _register_own_readers() -> None:
     register_linear(PeftLoraLinear, read_lora, "lora_linear")
     register_linear(PeftIA3Linear, read_ia3, "ia3_linear")
+    register_linear(PeftVeraLinear, read_vera, "vera_linear")
     register_norm(LNTuningLayer, _read_ln_tuning, "ln_tuning")
 
 

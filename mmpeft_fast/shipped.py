@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners.ia3 import Linear as PeftIA3Linear
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.utils import ModulesToSaveWrapper
@@ -42,6 +42,8 @@ def learn() -> dict[str, dict[str, list[str]]]:
     configs = (
         LoraConfig(r=2, target_modules=_LINEARS, lora_dropout=0.1),
         LoraConfig(r=2, target_modules=_LINEARS),
+        LoraConfig(r=2, target_modules=_LINEARS, use_dora=True),
+        VeraConfig(r=2, target_modules=_LINEARS),
         IA3Config(target_modules=_LINEARS, feedforward_modules=r".*\.down_proj"),
         LNTuningConfig(target_modules=_NORMS),
     )

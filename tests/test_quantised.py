@@ -38,7 +38,7 @@ SMALL = {name: {} for name in METHODS} | {
     "lora": {"r": 3, "alpha": 3.0, "dropout": 0.0},
     "adapter": {"bottleneck": 3, "dropout": 0.0},
     "prefix": {"num_virtual_tokens": 3},
-    **dict.fromkeys(("sharelora", "msplora"), {"r": 4, "dropout": 0.0}),
+    **{name: {"r": 4, "dropout": 0.0} for name in ("sharelora", "msplora")},
 }
 
 

@@ -1,4 +1,4 @@
-"""MSPLoRA (Zhao et al. 2025, arXiv 2503.21838): a LoRA that all layers share, one that a group shares, and one alone."""
+"""MSPLoRA (Zhao et al. 2025, arXiv 2503.21838): one LoRA of all layers, one of a group, one of the layer."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -147,7 +147,10 @@ def _of_peft_model(model: PeftModel) -> list[_Fold]:
         except ValueError as error:
             raise ValueError(f"merge_peft: cannot merge {name}: {error}; its merge_and_unload may") from error
         if isinstance(site, LinearSite) and site.segment.bias is not plain.bias:
-            raise ValueError(f"merge_peft: {name} has an adapter with a bias; expected lora_bias=False")
+            raise ValueError(
+                f"merge_peft: {name} has a bias computed from an adapter's parameters; expected lora_bias=False, and "
+                "DoRA on layers without a bias"
+            )
         folds.append(_Fold(name, plain, site))
     return folds
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor
 
 from mmpeft_fast import fuse, fuse_report, unfuse
@@ -301,6 +301,19 @@ def test_tensors_that_move_at_every_step_are_not_recorded_for_ever(stand_in):
         assert_same_grads(eager, graphed)
     assert "its tensors move from step to step" in graphs_of(graphed).reasons
     assert not recorded(graphed) and stand_in.num_recorded < 16 * LAYERS
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"vera": True}], ids=["dora", "vera"])
+def test_tensors_that_are_computed_from_parameters_are_not_recorded(stand_in, settings):
+    targets = ["q_proj", "down_proj"]
+    config = VeraConfig(r=4, target_modules=["q_proj", "o_proj"]) if settings.get("vera") else None
+    model = get_peft_model(
+        tiny_model("llama", num_layers=LAYERS), config or LoraConfig(r=4, target_modules=targets, **settings)
+    )
+    randomize_trainable(model)
+    eager, graphed = pair(model.train())
+    assert_same_steps(eager, graphed, [tiny_batch("llama", seed=number) for number in range(5)])
+    assert "weights are computed at every call" in graphs_of(graphed).reasons and not recorded(graphed)
 
 
 def test_what_looks_at_a_layer_sees_tensors_of_its_own(stand_in):
