@@ -72,7 +72,7 @@ def _image_batch(config: PretrainedConfig, dtype: torch.dtype, generator: torch.
     length = least_length(image_shape(config, size), 1) + _LENGTH
     batch = training_batch(
         config, lambda *sizes, dtype: torch.randn(*sizes, generator=generator).to(dtype), batch_size=1, seq_len=length,
-        supervised_fraction=_LENGTH / 2 / length, images=1, image_size=size, dtype=dtype,
+        labelled=_LENGTH // 2, images=1, image_size=size, dtype=dtype,
     )  # fmt: skip
     ids, labels = batch["input_ids"], batch["labels"]
     is_text = ids == ids[0, 0]  # the first token is text, and all text is one token

@@ -100,7 +100,7 @@ def tiny(dtype=torch.float64):
 def batch_of(model):
     return training_batch(
         model.config, lambda *sizes, dtype: torch.randn(*sizes, dtype=dtype), batch_size=2, seq_len=20,
-        supervised_fraction=0.3, images=1, image_size=None, dtype=torch.float64,
+        labelled=6, images=1, image_size=None, dtype=torch.float64,
     )  # fmt: skip
 
 

@@ -41,13 +41,15 @@ def training_batch(
     *,
     batch_size: int,
     seq_len: int,
-    supervised_fraction: float,
+    labelled: int,
     images: int,
     image_size: int | None,
     dtype: torch.dtype,
+    within: int | None = None,
 ) -> dict[str, Tensor]:
     """The model's keyword arguments for `batch_size` samples of `seq_len` tokens without padding: text, `images` images
-    each with a text token before it, text, and at the end the supervised tokens.
+    each with a text token before it, text, and at the end the labelled tokens. within: the images end within so many
+    tokens; None: anywhere.
 
     empty: makes the pixels: (*sizes, dtype=...) -> a tensor.
 
@@ -56,9 +58,10 @@ def training_batch(
     """
     shape = image_shape(config, image_size) if images else ImageShape(())
     needed = least_length(shape, images)
-    if seq_len < needed:
+    within = seq_len if within is None else within
+    if within < needed:
         raise ValueError(
-            f"seq_len: expected at least {needed} tokens for {images} images of {len(shape.ids)} tokens, got {seq_len}"
+            f"seq_len: expected at least {needed} tokens for {images} images of {len(shape.ids)} tokens, got {within}"
         )
     special = special_tokens(config) | set(shape.ids)
     text = next(token for token in range(_TEXT_TOKEN, _TEXT_TOKEN + len(special) + 1) if token not in special)
@@ -67,7 +70,7 @@ def training_batch(
         start = i * (len(shape.ids) + 1) + 1
         ids[:, start : start + len(shape.ids)] = torch.tensor(shape.ids)
     labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[:, seq_len - num_supervised(seq_len, supervised_fraction) :] = text
+    labels[:, seq_len - labelled :] = text
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if not images:
         return batch

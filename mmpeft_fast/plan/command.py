@@ -22,6 +22,9 @@ _PLAIN = (
     "implementation",
     "batch_size",
     "seq_len",
+    "questions_per_image",
+    "question_tokens",
+    "context",
     "images",
     "image_size",
     "dtype",
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--seq-len", type=int, default=1024, metavar="N", help="tokens a sample, its images' included (default: 1024)"
     )
+    add_contexts(step)
     step.add_argument("--images", type=int, metavar="N", help="images a sample (default: 1, of text models 0)")
     step.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of an image, where the model takes any (default: 448)"
@@ -96,6 +100,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers", action="store_true",
         help="also say which batch and length still fit and what to change first; takes some ten further plans",
     )  # fmt: skip
+
+
+def add_contexts(step: argparse._ArgumentGroup) -> None:
+    """Adds what says how many samples have an image in common."""
+    step.add_argument(
+        "--questions-per-image",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N samples for each of --batch-size (default: 1)",
+    )
+    step.add_argument(
+        "--question-tokens", type=int, default=64, metavar="N",
+        help="then: of --seq-len, tokens behind what they have in common (default: 64)",
+    )  # fmt: skip
+    step.add_argument(
+        "--context", default="shared", help="then: fused computes it once (shared) or not (separate; default: shared)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.request.batch_size * self.request.seq_len / self.time.seconds
+        return self.request.samples * self.request.seq_len / self.time.seconds
 
     def total(self, attribute: str, *, without: str | None = None) -> int:
         """Sum of flops, bytes or launches over the step, without a phase where given."""

@@ -53,7 +53,7 @@ def plan_text(planned: Plan, *, num_ops: int = 12) -> str:
     base = "" if request.base == DENSE else f" on {request.base}"
     title = (
         f"{request.model}{method}{settings}, {request.implementation} ({counts.baseline}), {request.dtype}{base}, "
-        f"{request.batch_size} x {request.seq_len} tokens, {device.name}"
+        f"{request.size}, {device.name}"
     )
     fits = "fits" if planned.fits else "does not fit"
     is_fused = request.implementation == "fused" and device.type == "cuda"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
-from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops import fused_linear
 from mmpeft_fast.ops.providers import provider
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
@@ -77,13 +76,7 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
     place = Placeholders(device_type, sdpa)
     formats = _format_tensors(model, request, place)
     place.materialize(model)
-    inputs = training_batch(
-        config, place.empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
-        supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
-    )  # fmt: skip
-    if request.implementation == "fused":
-        inputs["supervised_capacity"] = num_supervised(request.seq_len, request.supervised_fraction)
-        inputs["right_padded"] = True
+    inputs = request.batch(config, place.empty)
     if request.implementation == "frozen":
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     base = base_model(model)

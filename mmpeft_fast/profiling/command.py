@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from mmpeft_fast.plan.command import add_contexts
+
 EPILOG = """\
 examples:
   mmpeft-fast profile --model tiny-llava --method lora
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens a sample, its images' included (default: 1024, tiny: 128)"
     )
+    add_contexts(subject)
     subject.add_argument("--images", type=int, metavar="N", help="images a sample (default: 1, of text models 0)")
     subject.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of an image, where the model takes any (default: 448)"
@@ -118,6 +121,7 @@ def _config(args: argparse.Namespace):
         seq_len=(_TINY_SEQ_LEN if tiny else _SEQ_LEN) if args.seq_len is None else args.seq_len, images=images,
         image_size=_TINY_IMAGE_SIZE if tiny and args.image_size is None else args.image_size,
         supervised_fraction=args.supervised_fraction, dtype=dtype, base=args.base, fp32_adapters=args.fp32_adapters,
+        questions_per_image=args.questions_per_image, question_tokens=args.question_tokens, context=args.context,
     )  # fmt: skip
     return ProfileConfig(
         request=request, implementations=tuple(args.implementation), what=args.what, layers=args.layers,
@@ -132,6 +136,7 @@ def _request_json(config) -> dict:
     from mmpeft_fast.doctor import device_name
 
     request = dataclasses.asdict(config.request)
+    request["size"] = config.request.size
     del request["implementation"]
     return {
         "what": config.what, "layers": config.layers, "steps": config.steps, "device": config.device,

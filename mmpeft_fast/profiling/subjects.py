@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.layers.sites import read_linear, read_norm
 from mmpeft_fast.models import FAMILIES, base_model, family_of, tiny_names
-from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.peft_model import add_peft, fuse, study_method
 from mmpeft_fast.plan.request import DENSE, Request, model_config
@@ -128,14 +127,9 @@ class _Pixels:
 
 
 def _inputs(request: Request, config: PretrainedConfig, device: torch.device) -> dict:
-    batch = training_batch(
-        config, _Pixels().empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
-        supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
-    )  # fmt: skip
-    inputs: dict = {name: value.to(device) for name, value in batch.items()} | {"use_cache": False}
-    if request.implementation == "fused":
-        inputs["supervised_capacity"] = num_supervised(request.seq_len, request.supervised_fraction)
-        inputs["right_padded"] = True
+    batch = request.batch(config, _Pixels().empty)
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs["use_cache"] = False
     return inputs
 
 

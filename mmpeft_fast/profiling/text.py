@@ -13,9 +13,11 @@ def title_of(request: Mapping) -> str:
         return f"{request['what']}, model {request['model']}"
     settings = "".join(f" {name}={value}" for name, value in request["settings"].items())
     layers = "" if request["layers"] is None else f" with {request['layers']} decoder layers"
+    # Results of earlier versions have no size in words.
+    size = request.get("size", f"{request['batch_size']} x {request['seq_len']} tokens")
     return (
         f"{request['what']} of {request['model']}{layers}, {request['method']}{settings}, {request['dtype']}, "
-        f"{request['batch_size']} x {request['seq_len']} tokens, {request['device_name']}"
+        f"{size}, {request['device_name']}"
     )
 
 

@@ -67,7 +67,7 @@ def test_a_configuration_with_several_end_tokens_can_be_planned():
     config = FAMILIES["llama"].sizes["llama-3.1-8b"]()
     config.eos_token_id = [128001, 128008, 5]
     batch = training_batch(
-        config, Placeholders("cuda").empty, batch_size=1, seq_len=9, supervised_fraction=0.5, images=0, image_size=None,
+        config, Placeholders("cuda").empty, batch_size=1, seq_len=9, labelled=4, images=0, image_size=None,
         dtype=torch.bfloat16,
     )  # fmt: skip
     assert set(batch) == {"input_ids", "attention_mask", "labels"} and not (batch["input_ids"] == 5).any()

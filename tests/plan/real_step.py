@@ -12,7 +12,6 @@ from mmpeft_fast import add_peft, fuse, provider
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import FAMILIES
-from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.plan.counting import attention_flops
 from mmpeft_fast.plan.request import DENSE, Request
@@ -89,12 +88,7 @@ def measured_step(request: Request) -> Measured:
         model = add_peft(model, method, train_connector="connector" in request.train)
         model = fuse(model, recompute=request.recompute)
     model.train()
-    inputs = training_batch(
-        config, Real().empty, batch_size=request.batch_size, seq_len=request.seq_len, images=request.images,
-        supervised_fraction=request.supervised_fraction, image_size=request.image_size, dtype=DTYPES[request.dtype],
-    )  # fmt: skip
-    if request.implementation == "fused":
-        inputs["supervised_capacity"] = num_supervised(request.seq_len, request.supervised_fraction)
+    inputs = request.batch(config, Real().empty)
     if request.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         inputs["use_cache"] = False

@@ -56,11 +56,36 @@ def test_every_family_equals_a_real_step(tiny_folders, family):
         {"dtype": "fp32", "train": ("connector",), "batch_size": 3, "seq_len": 133},
         {"images": 0, "seq_len": 7, "batch_size": 1, "supervised_fraction": 1.0},
         {"images": 2, "seq_len": 150},
+        {"questions_per_image": 3, "question_tokens": 9},
+        {"questions_per_image": 3, "question_tokens": 9, "implementation": "peft"},
     ],
     ids=str,
 )
 def test_options_equal_a_real_step(tiny_folders, fields):
     check_against_real(request(tiny_folders["llava"], **fields))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_what_questions_have_in_common_is_counted_once(tiny_folders, device_type):
+    own, length, questions = 12, 160, 5
+    asked = {"batch_size": 2, "seq_len": length, "question_tokens": own}
+    asked |= {"questions_per_image": questions, "supervised_fraction": 0.02}
+    shared, separate = (
+        count_step(request(tiny_folders["llava"], context=context, **asked), device_type)
+        for context in ("shared", "separate")
+    )
+    tokens = (length - own + questions * own) / (questions * length)
+    assert tokens < shared.saved_bytes / separate.saved_bytes < 1.2 * tokens
+    same = count_step(
+        request(tiny_folders["llava"], **asked | {"batch_size": 10, "questions_per_image": 1}), device_type
+    )
+    assert same.saved_bytes == separate.saved_bytes
+    with pytest.raises(ValueError, match=r"context: expected separate for .*: its tokens have three positions each"):
+        count_step(request(tiny_folders["qwen2_vl"], **asked), device_type)
+    with pytest.raises(
+        ValueError, match="question_tokens: expected more than the 3 labelled ones and less than seq_len"
+    ):
+        request(tiny_folders["llava"], **asked | {"question_tokens": 3})
 
 
 def test_what_is_recomputed_is_counted_as_such(tiny_folders):
