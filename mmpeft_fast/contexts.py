@@ -161,7 +161,7 @@ class _Builder:
             groups.setdefault(row[equal] if equal < len(row) else None, []).append(member)
         for token, group in groups.items():
             rows = [self.rows[member] for member in group]
-            end = _alike(rows, equal)
+            end = num_alike(rows, equal)
             if token is None and start < end and len(group) > 1 and end - start >= self.least:
                 self.found.append(_Found(group[0], start, end, parent, group))
             elif token is None or len(group) == 1:
@@ -175,7 +175,7 @@ class _Builder:
                 self.visit(group, end, end, len(self.found) - 1)
 
 
-def _alike(rows: list[list[int]], start: int) -> int:
+def num_alike(rows: list[list[int]], start: int = 0) -> int:
     """Where the first of rows that are alike up to `start` ends, or the first difference between any of them."""
     low, high = min(rows), max(rows)  # in the order of lists: no row between them is alike for less
     return next((at for at in range(start, len(low)) if at >= len(high) or low[at] != high[at]), len(low))

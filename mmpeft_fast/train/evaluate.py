@@ -11,8 +11,11 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
+from mmpeft_fast.contexts import num_alike
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
+from mmpeft_fast.models import base_model, family_of
 
 
 @torch.inference_mode()
@@ -40,16 +43,24 @@ def generate_answers(
 ) -> list[str]:
     """The model's own answer to each sample's first question: greedy decoding with a KV cache, in batches.
 
-    model: fused or not; run in eval mode and put back. Returns texts without special tokens and outer spaces.
+    model: fused or not; run in eval mode and put back. Samples of one image whose prompts begin alike, as far as the
+    image at least, share one prefill of that, where the model allows it. Returns texts without special tokens and outer
+    spaces.
     """
-    parameter, answers = next(model.parameters()), []
+    parameter, answers = next(model.parameters()), [""] * len(samples)
+    shares = _can_share(model)
+    order = _by_image(samples) if shares else list(range(len(samples)))
     with _evaluating(model):
         for start in range(0, len(samples), batch_size):
-            prompts = collator.encode_prompts(samples[start : start + batch_size])
+            places = order[start : start + batch_size]
+            chosen = [samples[place] for place in places]
+            prompts = collator.encode_prompts(chosen)
             prompts = {
                 name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
                 for name, value in prompts.items()
             }
+            if shares:
+                prompts = _with_context(model, collator, chosen, prompts)
             tokens = model.generate(
                 **prompts,
                 max_new_tokens=max_new_tokens,
@@ -58,8 +69,64 @@ def generate_answers(
                 pad_token_id=collator.pad_token_id,
             )
             told = collator.tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers += [text.strip() for text in told]
+            for place, text in zip(places, told, strict=True):
+                answers[place] = text.strip()
     return answers
+
+
+def _can_share(model: nn.Module) -> bool:
+    """Whether keys and values of a prompt's beginning are all that its continuation needs of it."""
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        return False  # HF PEFT makes the cache itself
+    base = base_model(model)
+    family = family_of(base)
+    return family.why_not_packed is None and family.full_attention(base) and bool(family.vision_tower)
+
+
+def _by_image(samples: Sequence[Sample]) -> list[int]:
+    """The samples' places with those of one image file behind one another."""
+    images: dict[object, list[int]] = {}
+    for place, sample in enumerate(samples):
+        images.setdefault(place if sample.image is None else sample.image, []).append(place)
+    return [place for places in images.values() for place in places]
+
+
+def _with_context(
+    model: nn.Module, collator: Collator, samples: Sequence[Sample], prompts: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Prompts [B, T] with keys and values of what they have in common with others of their image; as they are where
+    that is nothing, or not all of them have an image."""
+    groups: dict[object, list[int]] = {}
+    for row, sample in enumerate(samples):
+        groups.setdefault(sample.image, []).append(row)
+    if None in groups or len(groups) == len(samples):
+        return prompts
+    ids = [row[mask.bool()] for row, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+    shared = [0] * len(samples)
+    for rows in groups.values():
+        tokens = [ids[row].tolist() for row in rows]
+        alike = min(num_alike(tokens), min(map(len, tokens)) - 1)
+        if collator.processor.image_token_id in tokens[0][alike:]:
+            return prompts
+        for row in rows:
+            shared[row] = alike
+    firsts = [rows[0] for rows in groups.values()]
+    contexts = _padded([ids[row][: shared[row]] for row in firsts], collator.pad_token_id)
+    images = {name: value[firsts] for name, value in prompts.items() if name not in contexts}
+    cache = model(**contexts, **images, use_cache=True, logits_to_keep=1).past_key_values
+    group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
+    group = torch.tensor([group_of[row] for row in range(len(samples))], device=ids[0].device)
+    cache.batch_select_indices(group)
+    rest = _padded([row[start:] for row, start in zip(ids, shared, strict=True)], collator.pad_token_id)
+    whole = {name: torch.cat((contexts[name][group], rest[name]), dim=1) for name in rest}
+    return {**whole, "past_key_values": cache}
+
+
+def _padded(rows: list[torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows of tokens with padding on the left."""
+    options = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(rows, padding_value=pad_token_id, **options)
+    return {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **options)}
 
 
 @contextmanager

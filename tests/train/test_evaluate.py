@@ -52,6 +52,27 @@ def test_answers_of_a_batch_are_those_of_each_sample_alone(make_model, samples, 
     assert model.training
 
 
+@pytest.mark.parametrize("method", ["layernorm", "prefix", "ia3"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_questions_on_an_image_share_its_prefill(make_model, samples, collator, method, fused):
+    model = add_peft(make_model(), make_method(method))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    if fused:
+        fuse(model)
+    words = ("what", "which of them is it", "or not", "how many of these are there", "and why")
+    asked = [replace(samples[i % 2], questions=("<image>\n" + word,)) for i, word in enumerate(words)]  # two images, in turns
+    alone = [generate_answers(model, collator, [sample], max_new_tokens=12)[0] for sample in asked]
+    assert len(set(alone)) >= len(alone) - 1
+    seen = []
+    handle = model.get_submodule("model.vision_tower").register_forward_hook(lambda m, given, y: seen.append(len(y[0])))
+    assert generate_answers(model, collator, asked, max_new_tokens=12) == alone
+    assert seen == [2]
+    assert generate_answers(model, collator, asked, batch_size=2, max_new_tokens=12) == alone
+    handle.remove()
+
+
 def test_a_trained_answer_is_generated(make_model, samples, collator):
     model = add_peft(make_model(), make_method("layernorm"))
     config = TrainConfig(learning_rate=1e-2, global_batch_size=2, batch_size=2, max_steps=60)
