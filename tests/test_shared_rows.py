@@ -13,7 +13,7 @@ from mmpeft_fast.layers.class_swap import is_swapped
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_batch, tiny_model
 
-SETTINGS = {"lora": {"dropout": 0.0}, "adapter": {"dropout": 0.0}}
+SETTINGS = dict.fromkeys(("lora", "adapter", "sharelora", "msplora"), {"dropout": 0.0})
 
 
 def random_rows(rng: random.Random) -> list[list[int]]:

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     cells = parser.add_argument_group("which cells")
     cells.add_argument("--models", nargs="+", metavar="M", help=f"any of: {', '.join(TINY_MODELS)} (default: all)")
-    cells.add_argument("--methods", nargs="+", metavar="M", help=f"any of: {', '.join(METHODS)} (default: all)")
+    cells.add_argument("--methods", nargs="+", metavar="M", help=f"any of: {', '.join(METHODS)} (default: the papers')")
     cells.add_argument(
         "--implementations", nargs="+", metavar="I", help=f"any of: {', '.join(IMPLEMENTATIONS)} (default: all)"
     )

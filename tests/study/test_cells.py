@@ -8,7 +8,7 @@ import pytest
 
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.study import cells
-from mmpeft_fast.study.cells import METHODS, NO_METHOD, TINY_MODELS, StudyConfig, plan
+from mmpeft_fast.study.cells import NO_METHOD, OF_THE_PAPERS, TINY_MODELS, StudyConfig, plan
 
 
 def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
@@ -16,7 +16,7 @@ def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
     assert [base.model for base in bases] == list(TINY_MODELS)
     for model in TINY_MODELS:
         own = Counter((cell.method, cell.implementation) for cell in planned if cell.model == model)
-        assert own == Counter([("none", "frozen")] + [(m, i) for m in METHODS for i in ("peft", "fused")])
+        assert own == Counter([("none", "frozen")] + [(m, i) for m in OF_THE_PAPERS for i in ("peft", "fused")])
         assert len({cell.base for cell in planned if cell.model == model}) == 1
     assert len({cell.key for cell in planned}) == len(planned) == 26
 
@@ -24,7 +24,7 @@ def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
 def test_the_settings_fit_the_methods_and_families():
     planned = plan(StudyConfig(output=Path("out")))[1]
     settings = {cell.method: cell for cell in planned if cell.method != NO_METHOD}
-    assert set(settings) == set(METHODS)
+    assert tuple(settings) == OF_THE_PAPERS
     assert settings["lora"].overrides == {"r": 16, "alpha": 32} and settings["adapter"].overrides == {"bottleneck": 16}
     assert {name: cell.learning_rate for name, cell in settings.items()} == {
         "lora": 5e-3, "ia3": 1e-1, "adapter": 1e-2, "prefix": 3e-1, "layernorm": 3e-3, "layernorm-simp": 1e-1

@@ -62,7 +62,8 @@ def test_questions_on_an_image_share_its_prefill(make_model, samples, collator, 
     if fused:
         fuse(model)
     words = ("what", "which of them is it", "or not", "how many of these are there", "and why")
-    asked = [replace(samples[i % 2], questions=("<image>\n" + word,)) for i, word in enumerate(words)]  # two images, in turns
+    # Two images, in turns.
+    asked = [replace(samples[i % 2], questions=("<image>\n" + word,)) for i, word in enumerate(words)]
     alone = [generate_answers(model, collator, [sample], max_new_tokens=12)[0] for sample in asked]
     assert len(set(alone)) >= len(alone) - 1
     seen = []
