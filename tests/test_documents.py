@@ -21,7 +21,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "llava")
 TREE = Documents(
     (((9, -1), (4, 0), (3, 1), (5, 0), (6, -1)), ((7, -1), (6, 0), (0, 0), (4, 0), (1, -1)), ((5, -1),), ())
 )
-SETTINGS = dict.fromkeys(("lora", "adapter", "sharelora", "msplora"), {"dropout": 0.0})
+SETTINGS = {name: {"dropout": 0.0} for name in ("lora", "adapter", "sharelora", "msplora")}
 
 
 def random_documents(seed: int, rows: int = 3) -> tuple[Documents, int]:

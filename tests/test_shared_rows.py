@@ -13,7 +13,7 @@ from mmpeft_fast.layers.class_swap import is_swapped
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_batch, tiny_model
 
-SETTINGS = dict.fromkeys(("lora", "adapter", "sharelora", "msplora"), {"dropout": 0.0})
+SETTINGS = {name: {"dropout": 0.0} for name in ("lora", "adapter", "sharelora", "msplora")}
 
 
 def random_rows(rng: random.Random) -> list[list[int]]:
