@@ -82,20 +82,22 @@ def test_merged_and_unmerged_after_fuse():
 
 
 def test_what_cannot_be_fused_stays_is_named_and_works():
-    """DoRA in one layer, LoRA in the vision tower: the rest is fused."""
+    """A variant of LoRA (MiCA) in one layer, LoRA in the vision tower: the rest is fused."""
     targets = LoraConfig(r=4, target_modules=r".*(language_model\.layers\.0|vision_tower.*layers\.[01]).*q_proj")
     model = with_peft("llava", targets)
-    model.add_adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=DECODER.format("layers.1.*v_proj")))
-    model.base_model.set_adapter(["default", "dora"])
+    model.add_adapter(
+        "mica", LoraConfig(r=2, init_lora_weights="mica", target_modules=DECODER.format("layers.1.*v_proj"))
+    )
+    model.base_model.set_adapter(["default", "mica"])
     randomize_trainable(model)
-    with pytest.warns(UserWarning, match=r"fuse: 3 of 7 modules stay as they were: .*layers\.1: LoRA adapter 'dora'"):
+    with pytest.warns(UserWarning, match=r"fuse: 3 of 7 modules stay as they were: .*layers\.1: LoRA adapter 'mica'"):
         assert_same_training_step(model, tiny_batch("llava"), strict=False)
     report = fuse_report(model)
     assert len(report.kept) == 3 and "outside the decoder" in str(report)
     assert "decoder layers" in str(report).splitlines()[1] and "1/2" in str(report).splitlines()[1]
     assert [is_swapped(layer) for layer in layers_of(model)] == [True, False]
     unfuse(model)
-    with pytest.raises(ValueError, match="LoRA adapter 'dora' is a variant"):
+    with pytest.raises(ValueError, match="LoRA adapter 'mica' is a MiCALinearVariant"):
         fuse(model, strict=True)
     assert not is_fused(model)
 
@@ -124,14 +126,14 @@ def test_report_before_and_after():
 
 def test_an_adapter_that_cannot_be_fused_is_switched_on_and_off(caplog):
     model = with_peft("llava", LoraConfig(r=4, target_modules=DECODER.format("q_proj")))
-    model.add_adapter("dora", LoraConfig(r=2, use_dora=True, target_modules=DECODER.format("v_proj")))
+    model.add_adapter("mica", LoraConfig(r=2, init_lora_weights="mica", target_modules=DECODER.format("v_proj")))
     randomize_trainable(model)
     batch = tiny_batch("llava")
-    eager = {name: model.set_adapter(name) or loss_and_grads(model, batch) for name in ("default", "dora")}
+    eager = {name: model.set_adapter(name) or loss_and_grads(model, batch) for name in ("default", "mica")}
     model.set_adapter("default")
     fuse(model, strict=True)
     with caplog.at_level(logging.WARNING, logger="mmpeft_fast"):
-        for name in ("default", "dora", "default", "dora"):
+        for name in ("default", "mica", "default", "mica"):
             model.set_adapter(name)
             loss, grads = loss_and_grads(model, batch)
             torch.testing.assert_close(loss, eager[name][0])
