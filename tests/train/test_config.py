@@ -18,7 +18,8 @@ def test_defaults_are_the_studys():
 def test_learning_rates_are_the_methods_own():
     rates = {name: TrainConfig.for_study(name, "llava").learning_rate for name in METHODS}
     assert rates == {
-        "lora": 2e-4, "ia3": 2e-4, "adapter": 5e-5, "prefix": 1e-5, "layernorm": 2e-4, "layernorm-simp": 2e-4
+        "lora": 2e-4, "ia3": 2e-4, "adapter": 5e-5, "prefix": 1e-5, "layernorm": 2e-4, "layernorm-simp": 2e-4,
+        "sharelora": 2e-4, "msplora": 2e-4,
     }  # fmt: skip
 
 
