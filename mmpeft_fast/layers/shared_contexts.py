@@ -34,9 +34,10 @@ class SharedContexts(Swapped):
     image_token: int | None = None
 
     def forward(self, *args, **kwargs):
-        shared = kwargs.pop("shared_rows", None)
-        if shared is None and not args:
-            shared = self.rows_to_share(kwargs)
+        if "shared_rows" in kwargs:  # the caller has asked `rows_to_share` already
+            shared = kwargs.pop("shared_rows")
+        else:
+            shared = None if args else self.rows_to_share(kwargs)
         if shared is None:
             return super().forward(*args, **kwargs)
         images = {name: kwargs[name][list(shared.images)] for name in _OF_IMAGES if kwargs.get(name) is not None}

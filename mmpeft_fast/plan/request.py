@@ -13,7 +13,7 @@ from mmpeft_fast.documents import Documents
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.fields import Bound, between, check_fields, one_of
 from mmpeft_fast.methods import make_method
-from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model
+from mmpeft_fast.models import FAMILIES, UNLOADABLE, check_config, empty_model, family_for
 from mmpeft_fast.models.inputs import num_supervised, training_batch
 from mmpeft_fast.peft_model import RECOMPUTE
 
@@ -134,7 +134,7 @@ class Request:
         return inputs
 
     def _documents(self, config: PretrainedConfig, labels: Tensor, labelled: int, common: int) -> dict[str, Any]:
-        family = next(family for family in FAMILIES.values() if config.model_type in family.model_types)
+        family = family_for(config.model_type, "configuration")
         if family.why_not_packed is not None:
             raise ValueError(f"context: expected separate for {self.model}: {family.why_not_packed}")
         own = ((self.question_tokens, 0),) * self.questions_per_image
