@@ -6,13 +6,12 @@ from importlib import resources
 from pathlib import Path
 
 from mmpeft_fast.atomic import write_text
-from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS
+from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS, cell_name
 from mmpeft_fast.study.charts import ratio_chart, sparkline
 from mmpeft_fast.study.table import (
     COLUMNS,
     LOSS,
     Column,
-    cell_name,
     count,
     decimal,
     frozen_rows,
