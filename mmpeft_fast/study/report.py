@@ -89,7 +89,7 @@ def write_report(rows: list[dict], folder: Path) -> Path:
 def report_html(rows: list[dict]) -> str:
     """The page for the rows, see `write_report`."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    style = resources.files("mmpeft_fast.study").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("mmpeft_fast.pages").joinpath("style.css").read_text(encoding="utf-8")
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
