@@ -23,6 +23,7 @@ SHARED = {
     "json_text",
     "labels",
     "measure",
+    "pages",
     "placement",
     "version",
 }
@@ -57,6 +58,7 @@ ALLOWED = {
     "fields": set(),
     "json_text": set(),
     "measure": set(),
+    "pages": set(),
     "closeness": set(),
 }
 SOURCES = sorted(path for root in (PACKAGE, ROOT / "kernels" / "mmpeft_kernels") for path in root.rglob("*.py"))

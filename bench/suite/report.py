@@ -9,9 +9,10 @@ from bench.suite.compare import newest
 from bench.suite.growth import AXES, growth_lines, series
 from bench.suite.implementations import IMPLEMENTATIONS
 from bench.suite.run import faults, left_out_text
-from mmpeft_fast.plan.charts import HEIGHT, WIDTH, line_chart
-from mmpeft_fast.profiling.charts import readable, stacked_bars
-from mmpeft_fast.profiling.page import fills, legend, notes, page, table_html
+from mmpeft_fast.pages.bars import stacked_bars
+from mmpeft_fast.pages.lines import HEIGHT, WIDTH, line_chart
+from mmpeft_fast.pages.page import fills, legend, notes, page, table_html
+from mmpeft_fast.pages.svg import readable
 
 _COLOURS = {"frozen": "var(--frozen)", "peft": "var(--peft)", "fused": "var(--fused)"}
 # Of the page's palette, what none of the three looks like.

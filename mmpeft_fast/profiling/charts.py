@@ -1,55 +1,15 @@
-"""SVG for the report: stacked bars of time by part, and stacked areas of memory by role."""
+"""SVG for the report: stacked areas of memory by role."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 
-from mmpeft_fast.plan.charts import ticks
+from mmpeft_fast.pages.svg import css_name, svg, text, ticks
 from mmpeft_fast.profiling.storages import ROLES, Timeline
 
 _WIDTH = 420
-_BAR_LABEL, _BAR_VALUE, _BAR_HEIGHT, _BAR_GAP = 62, 74, 24, 12
-_LETTER = 7  # the width of a letter, about
 _AREA_HEIGHT, _AREA_LEFT, _AREA_RIGHT, _AREA_TOP, _AREA_BOTTOM = 240, 52, 8, 24, 26
 _POINTS = 300
 _MOST_PHASES = 6  # of several steps they would hide the areas
 _MIB = 2**20
-
-
-def css_name(name: str) -> str:
-    """A part or role as the style sheet's class."""
-    return name.replace(" ", "-")
-
-
-def readable(value: float) -> str:
-    """Three digits, never an exponent: 0.123, 45.6, 1,388."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str) -> str:
-    """Horizontal bars of stacked values.
-
-    Args:
-        title: read out to those who do not see the picture.
-        bars: label -> (class -> value), from top to bottom and left to right.
-        unit: behind a bar's sum.
-    """
-    largest = max((sum(values.values()) for values in bars.values()), default=0.0) or 1.0
-    label_width = max(_BAR_LABEL, 16 + _LETTER * max(map(len, bars), default=0))
-    scale = (_WIDTH - label_width - _BAR_VALUE) / largest
-    shapes = []
-    for i, (label, values) in enumerate(bars.items()):
-        x, y = float(label_width), i * (_BAR_HEIGHT + _BAR_GAP)
-        shapes.append(_text(label_width - 10, y + _BAR_HEIGHT / 2, label, "end"))
-        for name, value in values.items():
-            shapes.append(
-                f'<rect class="{css_name(name)}" x="{x:.2f}" y="{y}" width="{value * scale:.2f}" '
-                f'height="{_BAR_HEIGHT}"><title>{escape(name)}: {value:.3f} {unit}</title></rect>'
-            )
-            x += value * scale
-        shapes.append(_text(x + 6, y + _BAR_HEIGHT / 2, f"{readable(sum(values.values()))} {unit}", "start"))
-    height = len(bars) * (_BAR_HEIGHT + _BAR_GAP) - _BAR_GAP
-    spoken = "; ".join(f"{label} {readable(sum(values.values()))} {unit}" for label, values in bars.items())
-    return _svg(_WIDTH, height, f"{title}: {spoken}", shapes)
 
 
 def memory_areas(label: str, timeline: Timeline, most_bytes: int) -> str:
@@ -73,7 +33,7 @@ def memory_areas(label: str, timeline: Timeline, most_bytes: int) -> str:
     for value in marks:
         y = above(value * _MIB)
         shapes.append(f'<line class="grid" x1="{_AREA_LEFT}" x2="{_WIDTH - _AREA_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shapes.append(_text(_AREA_LEFT - 6, y, f"{value:g}", "end", "tick"))
+        shapes.append(text(_AREA_LEFT - 6, y, f"{value:g}", "end", "tick"))
     floor = [0] * len(shown.positions)
     for i, role in enumerate(ROLES):
         top = [low + point[i] for low, point in zip(floor, shown.bytes, strict=True)]
@@ -88,17 +48,17 @@ def memory_areas(label: str, timeline: Timeline, most_bytes: int) -> str:
             shapes.append(
                 f'<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{_AREA_TOP}" y2="{_AREA_HEIGHT - _AREA_BOTTOM}"/>'
             )
-            shapes.append(_text(x + 3, _AREA_HEIGHT - _AREA_BOTTOM - 9, phase, "start", "phase"))
+            shapes.append(text(x + 3, _AREA_HEIGHT - _AREA_BOTTOM - 9, phase, "start", "phase"))
     if timeline.bytes:
         x, y = across(timeline.positions[timeline.peak_idx]), above(timeline.peak_bytes)
         shapes.append(f'<circle class="peak" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
         anchor = "end" if x > _WIDTH * 0.7 else "start" if x < _WIDTH * 0.3 else "middle"
-        shapes.append(_text(x, y - 11, f"peak {timeline.peak_bytes / _MIB:.1f} MiB", anchor))
-    shapes.append(_text(_AREA_LEFT, _AREA_HEIGHT - 9, "MiB, over the ops of a run", "start", "tick"))
-    shapes.append(_text(_WIDTH - _AREA_RIGHT, _AREA_HEIGHT - 9, f"{last} ops", "end", "tick"))
+        shapes.append(text(x, y - 11, f"peak {timeline.peak_bytes / _MIB:.1f} MiB", anchor))
+    shapes.append(text(_AREA_LEFT, _AREA_HEIGHT - 9, "MiB, over the ops of a run", "start", "tick"))
+    shapes.append(text(_WIDTH - _AREA_RIGHT, _AREA_HEIGHT - 9, f"{last} ops", "end", "tick"))
     held = ", ".join(f"{role} {size / _MIB:.1f}" for role, size in timeline.peak_by_role().items())
     spoken = f"{label}: peak {timeline.peak_bytes / _MIB:.1f} MiB, of it {held}"
-    return _svg(_WIDTH, _AREA_HEIGHT, spoken, shapes)
+    return svg(_WIDTH, _AREA_HEIGHT, spoken, shapes)
 
 
 def _steps(positions: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
@@ -109,15 +69,3 @@ def _steps(positions: Sequence[int], values: Sequence[float]) -> list[tuple[int,
     for before, position, value in zip(values, positions[1:], values[1:], strict=False):
         corners += [(position, before), (position, value)]
     return corners
-
-
-def _svg(width: int, height: float, spoken: str, shapes: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(spoken, quote=True)}">'
-        f"{''.join(shapes)}</svg>"
-    )
-
-
-def _text(x: float, y: float, text: str, anchor: str, name: str = "") -> str:
-    kind = f' class="{name}"' if name else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}">{escape(text)}</text>'

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from mmpeft_fast.doctor import versions
+from mmpeft_fast.pages.bars import stacked_bars
+from mmpeft_fast.pages.page import fills, legend, notes, page, table_html
+from mmpeft_fast.pages.svg import readable
 from mmpeft_fast.plan.devices import Device
 from mmpeft_fast.plan.parts import PARTS
-from mmpeft_fast.profiling.charts import memory_areas, readable, stacked_bars
+from mmpeft_fast.profiling.charts import memory_areas
 from mmpeft_fast.profiling.measured import RATIOS, Measured, comparisons
-from mmpeft_fast.profiling.page import fills, legend, notes, page, table_html
 from mmpeft_fast.profiling.rows import HEADER, OUTSIDE, Row, by_part, cells
 from mmpeft_fast.profiling.storages import ROLES
 from mmpeft_fast.profiling.text import TOTALS, ratio_text, title_of, totals

@@ -1,20 +1,26 @@
-"""One cell in a process of its own: `python -m mmpeft_fast.study.cell --spec JSON --out FILE`.
+"""Cells in a process of their own: `python -m mmpeft_fast.study.cell --spec JSON --out FILE`.
 
 Trains one method on one model, and times each training step beside a step of the frozen model in the same process, so
-that the ratio of the two holds on a machine whose speed changes from minute to minute.
+that the ratio of the two holds on a machine whose speed changes from minute to minute. Cells that are not timed come
+several to a process, which loads their base and their samples once.
 """
 
+import copy
+import gc
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mmpeft_fast import __version__
-from mmpeft_fast.data import Collator
+from mmpeft_fast.atomic import write_text
+from mmpeft_fast.data import Collator, Sample
 from mmpeft_fast.dtypes import DTYPES
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.measure import peak_bytes, saved_bytes
@@ -25,16 +31,35 @@ from mmpeft_fast.small_batches import cut_batch
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.study.cells import CellSpec
 from mmpeft_fast.study.inputs import Inputs, load_samples, sample_batches
-from mmpeft_fast.study.process import child_main
+from mmpeft_fast.study.process import child_main, outcome_of
 from mmpeft_fast.study.steps import frozen_forward, frozen_step, frozen_twin, inputs_for, training_steps
 from mmpeft_fast.train import evaluate_accuracy, seed_everything
 
 WARMUP_STEPS = 4  # steps whose time does not count: first-touch of memory, optimizer state, library set-up
+EVAL_BATCH_SIZE = 25  # of 200 samples: whole batches
 MIB = 2**20
 
 
+class Subject:
+    """A base with its samples, loaded once for all cells that start from it."""
+
+    def __init__(self, base: str, dtype: str, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._model, processor = load_pretrained(base, dtype=DTYPES[dtype])
+        self._model.requires_grad_(False)
+        self.collator = Collator(processor)
+        self.samples = cache(self._load)
+
+    def _load(self, task: str, eval_samples: int) -> tuple[list[Sample], list[Sample]]:
+        return load_samples(self._inputs, task, eval_samples=eval_samples)
+
+    def model(self) -> nn.Module:
+        """A model of its own for each cell."""
+        return copy.deepcopy(self._model)
+
+
 def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
-    """Runs a cell.
+    """Runs a cell that has its process for itself.
 
     Args:
         spec: the cell.
@@ -44,31 +69,42 @@ def measure(spec: CellSpec, inputs: Inputs, base: str) -> dict:
     Returns:
         the measured fields of its row; the notes of the report define them.
     """
+    return measure_on(Subject(base, spec.dtype, inputs), spec)
+
+
+def measure_on(subject: Subject, spec: CellSpec) -> dict:
+    """Runs a cell on its base, see `measure`."""
     torch.set_num_threads(spec.threads)
-    device = torch.device(spec.device)
-    model, processor = load_pretrained(base, dtype=DTYPES[spec.dtype])
-    model.to(device).requires_grad_(False)
-    collator = Collator(processor)
-    train, evaluation = load_samples(inputs, eval_samples=spec.eval_samples)
+    train, evaluation = subject.samples(spec.task, spec.eval_samples)
     batches = [
-        collator(samples)
-        for samples in sample_batches(train, batch_size=spec.batch_size, steps=spec.steps, seed=spec.seed)
+        subject.collator(samples)
+        for samples in sample_batches(
+            train[: spec.train_samples], batch_size=spec.batch_size, steps=spec.steps, seed=spec.seed
+        )
     ]
     batches[-1] = batches[0]  # so that the first and the last loss are of the same samples
-
-    twin = frozen_twin(model)
+    model = subject.model().to(spec.device)
+    twin = frozen_twin(model) if spec.timed else None
     model, implementation = _prepare(model, spec, batches[0])
-    losses, step_ms, frozen_step_ms = _run_steps(model, twin, batches, spec)
-    del twin
-    accuracy = evaluate_accuracy(model, collator, evaluation, batch_size=spec.batch_size)
-    return _sizes(model, batches) | {
-        "baseline": implementation,
-        "step_ms_p50": statistics.median(step_ms),
-        "frozen_step_ms_p50": statistics.median(frozen_step_ms),
-        "losses": losses,
-        "accuracy": accuracy,
-        **_memory(model, batches[0], spec),
-    }
+    measured = _sizes(model, batches) | {"baseline": implementation, "trainable_params": _num_trainable(model, spec)}
+    if spec.timed:
+        losses, step_ms, frozen_step_ms = _run_steps(model, twin, batches, spec)
+        measured |= {
+            "losses": losses,
+            "step_ms_p50": statistics.median(step_ms),
+            "frozen_step_ms_p50": statistics.median(frozen_step_ms),
+        }
+        del twin
+    elif spec.implementation != "frozen":
+        model.train()
+        step = _stepper(model, spec)
+        measured["losses"] = [step(inputs_for(model, batch)).item() for batch in batches]
+    if spec.implementation != "peft":  # which computes what the fused one does
+        accuracy = evaluate_accuracy(model, subject.collator, evaluation, batch_size=EVAL_BATCH_SIZE)
+        measured["accuracy"] = accuracy
+    if spec.timed:
+        measured |= _memory(model, batches[0], spec)
+    return measured
 
 
 def _prepare(model: nn.Module, spec: CellSpec, batch: dict) -> tuple[nn.Module, str]:
@@ -78,15 +114,19 @@ def _prepare(model: nn.Module, spec: CellSpec, batch: dict) -> tuple[nn.Module, 
     method = study_method(model, spec.method, **spec.overrides)
     seed_everything(spec.seed)
     if spec.implementation == "peft":
-        return add_baseline(model, method)
+        return add_baseline(model, method, train_connector=spec.train_connector)
     # HF PEFT draws initial values in an order of its own, so the fused model starts from those it would have drawn.
-    reference, _ = add_baseline(frozen_twin(model), method)
-    add_peft(model, method)
+    reference, _ = add_baseline(frozen_twin(model), method, train_connector=spec.train_connector)
+    add_peft(model, method, train_connector=spec.train_connector)
     with torch.no_grad():
         for parameter, initial in zip(_trainable(model), _trainable(reference), strict=True):
             parameter.copy_(initial.view_as(parameter))
     seed_everything(spec.seed)
     return fuse(model, verify=cut_batch(batch)), f"mmpeft-fast {__version__}"
+
+
+def _num_trainable(model: nn.Module, spec: CellSpec) -> int:
+    return 0 if spec.implementation == "frozen" else sum(p.numel() for p in _trainable(model))
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -141,7 +181,6 @@ def _sizes(model: nn.Module, batches: list[dict]) -> dict:
         return statistics.fmean(int(count(batch)) for batch in batches)
 
     return {
-        "trainable_params": sum(p.numel() for p in _trainable(model)),
         "total_params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": mean(lambda batch: batch["attention_mask"].sum()),
         "padded_tokens_per_step": mean(lambda batch: batch["attention_mask"].numel()),
@@ -165,7 +204,17 @@ def _memory(model: nn.Module, batch: dict, spec: CellSpec) -> dict:
 
 def _run(job: dict) -> dict:
     load_plugins()
-    return measure(CellSpec(**job["spec"]), Inputs(**job["inputs"]), job["base"])
+    inputs = Inputs(**job["inputs"])
+    if "spec" in job:
+        return measure(CellSpec(**job["spec"]), inputs, job["base"])
+    specs = [CellSpec(**spec) for spec in job["specs"]]
+    subject = Subject(job["base"], specs[0].dtype, inputs)
+    for number, spec in enumerate(specs):
+        started = time.monotonic()
+        outcome = outcome_of(partial(measure_on, subject, spec)) | {"elapsed_s": time.monotonic() - started}
+        write_text(Path(job["folder"]) / f"{number}.json", json.dumps(outcome))
+        gc.collect()
+    return {}
 
 
 if __name__ == "__main__":

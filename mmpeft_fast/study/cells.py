@@ -12,9 +12,17 @@ from mmpeft_fast.methods import METHODS, make_method
 # The tiny models of the study and the family that builds each.
 TINY_MODELS = {"tiny-llava": "llava", "tiny-qwen2-vl": "qwen2_vl"}
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
+# What the study varies on the first tiny model beyond methods and implementations: cells that are not timed.
+AXES = ("task", "location", "size", "connector", "samples", "seed")
+_LOCATED, _SCALED, _TUNED = ("lora", "adapter", "ia3"), ("lora", "ia3"), ("lora", "adapter", "ia3", "prefix")
+_LOCATIONS = ("attention", "mlp", "both")
+_SIZES = {"lora": ("r", (2, 4)), "adapter": ("bottleneck", (2, 4)), "prefix": ("num_virtual_tokens", (5, 40))}
+_SAMPLES = (12, 48)
+_MORE_SEEDS = (21, 63)
 DTYPES = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 NO_METHOD = "none"  # the method of a frozen cell
+MAJORITY = "majority"  # no model: the commonest answer
 EASY_VQA = "easy-vqa"
 
 
@@ -27,18 +35,19 @@ class StudyConfig:
     """One run of the study, as the command line asks for it. Raises ValueError for anything it cannot mean.
 
     base: a real checkpoint by path or name, in place of the tiny models. data, images: conversations in LLaVA's JSON
-    and their image folder, in place of easy-vqa; eval_samples of them are held out. pretrain_steps: full training of
-    the tiny models before the cells start from them.
+    and their image folder, in place of easy-vqa; eval_samples of them are held out. axes: of `AXES`, which easy-vqa and
+    the tiny models have. pretrain_steps: training of the tiny models' decoders before the cells start from them.
     """
 
     output: Path
     models: tuple[str, ...] = tuple(TINY_MODELS)
     methods: tuple[str, ...] = OF_THE_PAPERS
     implementations: tuple[str, ...] = IMPLEMENTATIONS
+    axes: tuple[str, ...] = AXES
     steps: int = 20
     batch_size: int = 8
-    eval_samples: int = 120
-    pretrain_steps: int = 200
+    eval_samples: int = 200
+    pretrain_steps: int = 100
     seed: int = 42
     threads: int = 1
     device: str = "cpu"
@@ -52,6 +61,8 @@ class StudyConfig:
         _require_known("model", self.models, TINY_MODELS)
         _require_known("method", self.methods, METHODS)
         _require_known("implementation", self.implementations, IMPLEMENTATIONS)
+        if self.axes:
+            _require_known("axis", self.axes, AXES)
         _require_known("dtype", (self.dtype,), DTYPES)
         _require_known("device", (self.device,), DEVICES)
         # Two steps at least: the first is a warm-up and is not timed.
@@ -75,12 +86,16 @@ class StudyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSpec:
-    """A base model that the study trains itself, from random weights, before its cells start from it."""
+    """A base model that the study trains itself, from random weights, before its cells start from it.
+
+    tower_epochs: of tower and connector on captions; pretrain_steps: of the decoder.
+    """
 
     model: str
     data: str
     pretrain_steps: int
     seed: int
+    tower_epochs: int = 10
 
     @property
     def key(self) -> str:
@@ -92,6 +107,9 @@ class BaseSpec:
 class CellSpec:
     """One cell: everything that could change one of its numbers.
 
+    axis, value: what sets it apart from the method's own cell, of `AXES`; both empty for that. task: of easy-vqa, a
+    name in `inputs.TASKS`. train_samples: fewer of the training set, None: all. timed: beside the frozen step, and
+    memory is measured too.
     base: the key of a tiny model's `BaseSpec`, or a real checkpoint's path or name. data: "easy-vqa", or the digest of
     the user's file.
     """
@@ -99,6 +117,12 @@ class CellSpec:
     model: str
     method: str
     implementation: str
+    axis: str = ""
+    value: str = ""
+    task: str = ""
+    train_connector: bool = False
+    train_samples: int | None = None
+    timed: bool = True
     overrides: dict
     learning_rate: float
     base: str
@@ -114,7 +138,7 @@ class CellSpec:
     @property
     def name(self) -> str:
         """`tiny-llava lora fused`, as the progress bar and the log files call it."""
-        return " ".join(part for part in (self.model, self.method, self.implementation) if part != NO_METHOD)
+        return cell_name(asdict(self))
 
     @property
     def key(self) -> str:
@@ -122,8 +146,17 @@ class CellSpec:
         return spec_key(asdict(self))
 
 
+def cell_name(cell: dict) -> str:
+    """A cell's or a row's name: `tiny-llava lora fused location mlp`; a recipe's row has a name of its own."""
+    if "recipe" in cell:
+        return f"{cell['recipe']}: {cell['cell']}"
+    words = (cell["model"], cell["method"], cell["implementation"], cell.get("axis", ""), cell.get("value", ""))
+    return " ".join(word for word in words if word not in ("", NO_METHOD))
+
+
 def plan(config: StudyConfig) -> tuple[list[BaseSpec], list[CellSpec]]:
-    """The bases and cells of a run, in the order they run: per model the frozen cell, then method by method."""
+    """The bases and cells of a run, in the order they run: per model the frozen cell, then method by method, then what
+    is varied on the first of the tiny models."""
     data = EASY_VQA if config.data is None else hashlib.sha256(config.data.read_bytes()).hexdigest()[:12]
     bases, cells = [], []
     for model in (config.base,) if config.base else config.models:
@@ -131,27 +164,66 @@ def plan(config: StudyConfig) -> tuple[list[BaseSpec], list[CellSpec]]:
         if base is None:
             bases.append(BaseSpec(model=model, data=data, pretrain_steps=config.pretrain_steps, seed=config.seed))
             base = bases[-1].key
+        task = "unseen" if data == EASY_VQA else ""
         for method, implementation in _pairs(config):
-            overrides, learning_rate = {}, 0.0
-            if method != NO_METHOD:
-                overrides = dict(METHODS[method]().small_settings)
-                learning_rate = make_method(method, **overrides).small_learning_rate
-            cells.append(
-                CellSpec(
-                    model=model,
-                    method=method,
-                    implementation=implementation,
-                    overrides=overrides,
-                    learning_rate=learning_rate,
-                    base=base,
-                    data=data,
-                    **{
-                        name: getattr(config, name)
-                        for name in ("steps", "batch_size", "eval_samples", "seed", "threads", "device", "dtype")
-                    },
-                )
-            )
+            cells.append(_cell(config, model, method, implementation, base=base, data=data, task=task))
+        if data == EASY_VQA and model == next(iter(TINY_MODELS)):
+            cells += _varied(config, model, base)
     return bases, cells
+
+
+def _cell(config: StudyConfig, model: str, method: str, implementation: str, **fields) -> CellSpec:
+    """A cell with the method's settings for small models, but for `fields`; `overrides` are added to them."""
+    overrides, learning_rate = {}, 0.0
+    if method != NO_METHOD:
+        overrides = dict(METHODS[method]().small_settings) | fields.pop("overrides", {})
+        learning_rate = make_method(method, **overrides).small_learning_rate
+    usual = ("steps", "batch_size", "eval_samples", "seed", "threads", "device", "dtype")
+    return CellSpec(
+        model=model,
+        method=method,
+        implementation=implementation,
+        overrides=overrides,
+        learning_rate=learning_rate,
+        **{name: getattr(config, name) for name in usual} | fields,
+    )
+
+
+def _varied(config: StudyConfig, model: str, base: str) -> list[CellSpec]:
+    """The cells along `AXES` of the configuration's methods, fused; what is no model's work among them."""
+    cells = []
+
+    def add(axis: str, value: str, method: str, implementation: str = "fused", **fields) -> None:
+        if axis in config.axes and implementation in (*config.implementations, MAJORITY):
+            fields = {"axis": axis, "value": value, "task": "unseen", "timed": False} | fields
+            cells.append(_cell(config, model, method, implementation, base=base, data=EASY_VQA, **fields))
+
+    def chosen(methods: tuple[str, ...]) -> list[str]:
+        return [method for method in methods if method in config.methods]
+
+    if "frozen" in config.implementations:
+        for task in ("unseen", "seen"):
+            add("task", task, NO_METHOD, MAJORITY, task=task)
+    add("task", "seen", NO_METHOD, "frozen", task="seen")
+    for method in config.methods:
+        add("task", "seen", method, task="seen")
+    for method in chosen(_LOCATED):
+        for place in _LOCATIONS:
+            add("location", place, method, overrides={"targets": place})
+    for method in chosen(tuple(_SIZES)):
+        setting, values = _SIZES[method]
+        for value in values:
+            alpha = {"alpha": 2 * value} if method == "lora" else {}
+            add("size", f"{setting}={value}", method, overrides={setting: value} | alpha)
+    for method in chosen(_TUNED):
+        add("connector", "tuned", method, train_connector=True)
+    for method in chosen(_SCALED):
+        for number in _SAMPLES:
+            add("samples", str(number), method, train_samples=number)
+    for method in chosen(_TUNED):
+        for seed in _MORE_SEEDS:
+            add("seed", str(seed), method, seed=seed)
+    return cells
 
 
 def _pairs(config: StudyConfig) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from mmpeft_fast.study.cells import DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
+from mmpeft_fast.study.cells import AXES, DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
 
 # What the study does besides running, and the module that does it.
 ACTIONS = {
@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cells.add_argument(
         "--implementations", nargs="+", metavar="I", help=f"any of: {', '.join(IMPLEMENTATIONS)} (default: all)"
     )
+    cells.add_argument(
+        "--axes",
+        nargs="+",
+        metavar="A",
+        help=f"what is varied on the first tiny model, any of: {', '.join(AXES)}; or none (default: all)",
+    )
     cells.add_argument("--redo", action="store_true", help="run cells again that have a row already")
 
     recipes = parser.add_argument_group("a paper's experiment (`study recipes` lists them)")
@@ -76,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps": "training steps",
         "batch_size": "samples per step",
         "eval_samples": "held-out samples for the accuracy",
-        "pretrain_steps": "steps of full training that a tiny model gets before the cells",
+        "pretrain_steps": "steps that a tiny model's decoder is trained before the cells; 0: nothing is",
         "seed": "seed of weights, batches and dropout",
     }.items():
         option = f"--{name.replace('_', '-')}"
@@ -124,7 +130,10 @@ def _config(args: argparse.Namespace) -> StudyConfig:
     """The configuration that the options mean; options left out take its defaults."""
     if args.base is not None and args.models is not None:
         raise ValueError("expected either --base or --models, got both")
-    given = {name: tuple(value) for name in ("models", "methods", "implementations") if (value := getattr(args, name))}
+    axes = {} if args.axes is None else {"axes": () if args.axes == ["none"] else tuple(args.axes)}
+    given = axes | {
+        name: tuple(value) for name in ("models", "methods", "implementations") if (value := getattr(args, name))
+    }
     plain = (
         "base",
         "data",
@@ -150,9 +159,21 @@ def _config(args: argparse.Namespace) -> StudyConfig:
 
 def _check_recipe_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that mean nothing beside, or without, --recipe."""
-    only_without = ("implementations", "base", "data", "images", "steps", "batch_size", "eval_samples", "seed", "dtype")
+    only_without = (
+        "implementations",
+        "axes",
+        "base",
+        "data",
+        "images",
+        "steps",
+        "batch_size",
+        "eval_samples",
+        "seed",
+        "dtype",
+    )
     defaults = {name: StudyConfig.__dataclass_fields__[name].default for name in only_without} | {
-        "implementations": None
+        "implementations": None,
+        "axes": None,
     }
     only_with = dict.fromkeys(("small", "refuse_bad_records"), False) | dict.fromkeys(("checkpoints", "datasets"))
     for name, default in (only_with if args.recipe is None else defaults).items():

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(path: Path) -> dict[str, dict]:
     """The newest row of each cell, by its name, of a folder or a file."""
+    from mmpeft_fast.study.cells import cell_name
     from mmpeft_fast.study.run import RESULTS_NAME, read_rows
-    from mmpeft_fast.study.table import cell_name
 
     path = path / RESULTS_NAME if path.is_dir() else path
     if not path.is_file():

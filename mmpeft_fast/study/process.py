@@ -32,14 +32,18 @@ def child_main(work: Callable[[dict], dict]) -> int:
     parser.add_argument("--spec", required=True, type=json.loads, help="the job as a JSON object")
     parser.add_argument("--out", required=True, type=Path, help="file for the outcome, a JSON object")
     args = parser.parse_args()
+    write_text(args.out, json.dumps(outcome_of(lambda: work(args.spec))))
+    return 0
+
+
+def outcome_of(work: Callable[[], dict]) -> dict:
+    """What `work` returns with a status, or the reason why it did not."""
     try:
-        outcome = {"status": "ok", **work(args.spec)}
+        return {"status": "ok", **work()}
     except Exception as error:
         # The process boundary: whatever went wrong becomes a row's reason, and the log has the traceback.
         traceback.print_exc()
-        outcome = {"status": "failed", "reason": _reason(error)}
-    write_text(args.out, json.dumps(outcome))
-    return 0
+        return {"status": "failed", "reason": _reason(error)}
 
 
 def run_job(module: str, job: dict, *, log_path: Path, threads: int, offline: bool, tick: Callable[[], None]) -> dict:

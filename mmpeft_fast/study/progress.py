@@ -7,7 +7,7 @@ import time
 from typing import TextIO
 
 # Seconds a job is taken to last until one of its kind has ended (2 CPU cores, default options).
-FIRST_GUESS_S = {"base": 40.0, "cell": 15.0}
+FIRST_GUESS_S = {"base": 60.0, "cell": 9.0, "untimed cell": 4.0}
 BAR_WIDTH = 20
 
 

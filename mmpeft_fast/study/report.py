@@ -6,13 +6,12 @@ from importlib import resources
 from pathlib import Path
 
 from mmpeft_fast.atomic import write_text
-from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS
+from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS, cell_name
 from mmpeft_fast.study.charts import ratio_chart, sparkline
 from mmpeft_fast.study.table import (
     COLUMNS,
     LOSS,
     Column,
-    cell_name,
     count,
     decimal,
     frozen_rows,
@@ -90,7 +89,7 @@ def write_report(rows: list[dict], folder: Path) -> Path:
 def report_html(rows: list[dict]) -> str:
     """The page for the rows, see `write_report`."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    style = resources.files("mmpeft_fast.study").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("mmpeft_fast.pages").joinpath("style.css").read_text(encoding="utf-8")
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
 def _state(folder: Path) -> dict:
     """The state of a run: of its plan's cells, or of all rows where there is no plan."""
     from mmpeft_fast.json_text import read
+    from mmpeft_fast.study.cells import cell_name
     from mmpeft_fast.study.run import PLAN_NAME, RESULTS_NAME, read_rows
-    from mmpeft_fast.study.table import cell_name
 
     rows = {row["spec_key"]: row for row in read_rows(folder / RESULTS_NAME)}
     plan = {key: cell_name(row) for key, row in rows.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmpeft_fast.study.cells import NO_METHOD
+from mmpeft_fast.study.cells import NO_METHOD, cell_name
 
 MISSING = "–"
 
@@ -48,7 +48,7 @@ def memory_ratio(row: dict, frozen: dict | None, name: str) -> float | None:
 
 def frozen_rows(rows: list[dict]) -> dict[str, dict]:
     """Each model's frozen row."""
-    return {row["model"]: row for row in rows if row["implementation"] == "frozen"}
+    return {row["model"]: row for row in rows if row["implementation"] == "frozen" and not row["axis"]}
 
 
 def _losses(row: dict) -> str:
@@ -57,18 +57,23 @@ def _losses(row: dict) -> str:
     return f"{row['loss_first']:.3f} → {row['loss_last']:.3f}"
 
 
+def _accuracy(row: dict) -> str:
+    return MISSING if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
+
+
 LOSS = Column(title="loss first → last", text=_losses)
 COLUMNS = (
     Column(title="model", text=lambda row: row["model"], is_number=False),
     Column(title="method", text=lambda row: MISSING if row["method"] == NO_METHOD else row["method"], is_number=False),
     Column(title="implementation", text=lambda row: row["implementation"], is_number=False),
+    Column(title="varied", text=lambda row: f"{row['axis']} {row['value']}".strip() or MISSING, is_number=False),
     Column(title="trainable", text=lambda row: count(row["trainable_params"])),
     Column(title="step ms", text=lambda row: decimal(row["step_ms_p50"], 1)),
     Column(title="× frozen", text=lambda row: decimal(time_ratio(row), 2)),
     Column(title="saved MiB", text=lambda row: decimal(row["saved_mib"], 1)),
     Column(title="peak MiB", text=lambda row: decimal(row["peak_mib"], 1)),
     LOSS,
-    Column(title="accuracy", text=lambda row: decimal(row["accuracy"] and row["accuracy"] * 100, 1, " %")),
+    Column(title="accuracy", text=_accuracy),
     Column(title="status", text=lambda row: row["status"], is_number=False),
 )
 
@@ -97,13 +102,6 @@ def _failures(rows: list[dict]) -> list[str]:
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def cell_name(row: dict) -> str:
-    """`tiny-llava lora fused`; a frozen row has no method to name, and a recipe's row has a name of its own."""
-    if "recipe" in row:
-        return f"{row['recipe']}: {row['cell']}"
-    return " ".join(part for part in (row["model"], row["method"], row["implementation"]) if part != NO_METHOD)
 
 
 def _aligned(cells: list[str], widths: list[int]) -> list[str]:

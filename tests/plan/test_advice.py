@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from mmpeft_fast.pages.svg import ticks
 from mmpeft_fast.plan import advice
-from mmpeft_fast.plan.charts import sweep_html, sweep_svg, ticks
+from mmpeft_fast.plan.charts import sweep_html, sweep_svg
 from mmpeft_fast.plan.devices import device_named
 from mmpeft_fast.plan.prediction import plan
 from mmpeft_fast.plan.request import Request

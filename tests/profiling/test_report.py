@@ -6,7 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mmpeft_fast.profiling.charts import memory_areas, readable, stacked_bars
+from mmpeft_fast.pages.bars import stacked_bars
+from mmpeft_fast.pages.svg import readable
+from mmpeft_fast.profiling.charts import memory_areas
 from mmpeft_fast.profiling.measured import Measured, comparisons
 from mmpeft_fast.profiling.report import report_html
 from mmpeft_fast.profiling.rows import OUTSIDE, Row, by_part, total

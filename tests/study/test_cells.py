@@ -8,22 +8,44 @@ import pytest
 
 from mmpeft_fast.models import FAMILIES
 from mmpeft_fast.study import cells
-from mmpeft_fast.study.cells import NO_METHOD, OF_THE_PAPERS, TINY_MODELS, StudyConfig, plan
+from mmpeft_fast.study.cells import AXES, MAJORITY, NO_METHOD, OF_THE_PAPERS, TINY_MODELS, StudyConfig, plan
 
 
 def test_the_study_covers_every_method_twice_and_frozen_once_per_model():
     bases, planned = plan(StudyConfig(output=Path("out")))
     assert [base.model for base in bases] == list(TINY_MODELS)
     for model in TINY_MODELS:
-        own = Counter((cell.method, cell.implementation) for cell in planned if cell.model == model)
+        own = Counter((cell.method, cell.implementation) for cell in planned if cell.model == model and not cell.axis)
         assert own == Counter([("none", "frozen")] + [(m, i) for m in OF_THE_PAPERS for i in ("peft", "fused")])
         assert len({cell.base for cell in planned if cell.model == model}) == 1
-    assert len({cell.key for cell in planned}) == len(planned) == 26
+    assert len({cell.key for cell in planned}) == len({cell.name for cell in planned}) == len(planned)
+    assert sum(not cell.axis for cell in planned) == 26
+
+
+def test_what_is_varied_is_of_the_first_model_fused_and_not_timed():
+    planned = plan(StudyConfig(output=Path("out")))[1]
+    varied = [cell for cell in planned if cell.axis]
+    assert {cell.axis for cell in varied} == set(AXES)
+    assert {cell.model for cell in varied} == {next(iter(TINY_MODELS))} and not any(cell.timed for cell in varied)
+    assert {cell.implementation for cell in varied} == {"fused", "frozen", MAJORITY}
+    by_name = {cell.name: cell for cell in varied}
+    rank = by_name["tiny-llava lora fused size r=4"]
+    assert rank.overrides == {"r": 4, "alpha": 8} and rank.task == "unseen"
+    assert by_name["tiny-llava ia3 fused task seen"].task == "seen"
+    assert by_name["tiny-llava ia3 fused connector tuned"].train_connector
+    assert by_name["tiny-llava lora fused samples 12"].train_samples == 12
+    assert by_name["tiny-llava adapter fused location both"].overrides["targets"] == "both"
+    assert by_name["tiny-llava prefix fused seed 21"].seed == 21
+
+
+@pytest.mark.parametrize("changed", [{"axes": ()}, {"models": ("tiny-qwen2-vl",)}, {"implementations": ("peft",)}])
+def test_nothing_is_varied_where_that_was_not_asked_for(changed):
+    assert not any(cell.axis for cell in plan(StudyConfig(output=Path("out"), **changed))[1])
 
 
 def test_the_settings_fit_the_methods_and_families():
     planned = plan(StudyConfig(output=Path("out")))[1]
-    settings = {cell.method: cell for cell in planned if cell.method != NO_METHOD}
+    settings = {cell.method: cell for cell in planned if cell.method != NO_METHOD and not cell.axis}
     assert tuple(settings) == OF_THE_PAPERS
     assert settings["lora"].overrides == {"r": 16, "alpha": 32} and settings["adapter"].overrides == {"bottleneck": 16}
     assert {name: cell.learning_rate for name, cell in settings.items()} == {
@@ -34,7 +56,8 @@ def test_the_settings_fit_the_methods_and_families():
 
 def test_peft_and_fused_differ_in_nothing_but_the_implementation():
     by_name = {
-        (cell.model, cell.method, cell.implementation): cell for cell in plan(StudyConfig(output=Path("out")))[1]
+        (cell.model, cell.method, cell.implementation): cell
+        for cell in plan(StudyConfig(output=Path("out"), axes=()))[1]
     }
     for (model, method, implementation), cell in by_name.items():
         if implementation == "peft":
@@ -79,6 +102,7 @@ def test_a_real_checkpoint_needs_no_base_of_ours(config):
         ({"models": ("gpt",)}, ("model", "tiny-llava", "'gpt'")),
         ({"methods": ("lora", "qlora")}, ("method", "layernorm-simp", "'qlora'")),
         ({"methods": ("lora", "lora")}, ("once", "lora, lora")),
+        ({"axes": ("depth",)}, ("axis", "location", "'depth'")),
         ({"implementations": ()}, ("implementation", "none")),
         ({"dtype": "fp16"}, ("dtype", "bf16", "'fp16'")),
         ({"steps": 1}, ("steps", "at least 2", "1")),

@@ -57,7 +57,7 @@ def test_without_a_terminal_each_job_is_one_line(clock):
         clock.now += 65
         progress.finish()
     progress.clear()
-    assert stream.getvalue() == "1/2  one  about 0:30 left\n2/2  two  about 1:05 left\n"
+    assert stream.getvalue() == "1/2  one  about 0:18 left\n2/2  two  about 1:05 left\n"
 
 
 def test_on_a_terminal_one_line_is_redrawn_within_its_width(clock, monkeypatch):

@@ -234,7 +234,7 @@ def test_hallucination_is_the_mean_over_epochs_of_one_metric():
 def tiny_base(tmp_path_factory):
     """A tiny LLaVA that has not been trained, on disk."""
     folder = tmp_path_factory.mktemp("base")
-    inputs = prepare_inputs(folder, data=None, images=None, eval_samples=8, seed=42)
+    inputs = prepare_inputs(data=None, images=None, eval_samples=8)
     spec = BaseSpec(model="tiny-llava", data="easy-vqa", pretrain_steps=0, seed=42)
     build_base(spec, inputs, eval_samples=8, threads=1, folder=folder / "base")
     return str(folder / "base")

@@ -3,13 +3,16 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mmpeft_fast import cli
-from mmpeft_fast.study.cells import plan
+from mmpeft_fast.study import run as run_module
+from mmpeft_fast.study.cells import StudyConfig, plan
 from mmpeft_fast.study.command import _config
 from mmpeft_fast.study.run import MEASURED, RESULTS_NAME, newest_rows, read_rows, run_study
+from tests.study.conftest import FakeJobs
 
 
 def stored(config) -> list[dict]:
@@ -130,3 +133,45 @@ def test_too_few_conversations_are_refused_before_anything_is_written(config, jo
     with pytest.raises(ValueError, match=r"at least 26 conversations.*got 24"):
         run_study(replace(config, eval_samples=13))
     assert not config.output.exists()
+
+
+class TogetherJobs(FakeJobs):
+    """Cells of one process, of which so many end before the process does."""
+
+    def __init__(self, ended: int):
+        super().__init__()
+        self.ended = ended
+
+    def __call__(self, module, job, *, tick, **options) -> dict:
+        if "specs" not in job:
+            return super().__call__(module, job, tick=tick, **options)
+        for number in range(min(self.ended, len(job["specs"]))):
+            outcome = {"status": "ok", "losses": [2.0, 1.0], "accuracy": 0.5, "elapsed_s": 1.5}
+            (Path(job["folder"]) / f"{number}.json").write_text(json.dumps(outcome))
+            tick()
+        died = self.ended < len(job["specs"])
+        return {"status": "failed", "reason": "the process was ended by SIGKILL"} if died else {"status": "ok"}
+
+
+def test_cells_of_one_process_are_kept_as_they_end_and_the_rest_told(tmp_path, monkeypatch):
+    config = StudyConfig(
+        output=tmp_path, models=("tiny-llava",), methods=("lora",), implementations=("fused",), axes=("location",)
+    )
+    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=2))
+    rows = run_study(config)
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "failed"]
+    assert rows[3]["reason"] == "the process was ended by SIGKILL" and rows[1]["elapsed_s"] == 1.5
+    assert (rows[1]["loss_last"], rows[1]["accuracy"], rows[1]["step_ms_p50"], rows[1]["tokens_per_s"]) == (
+        1.0, 0.5, None, None
+    )  # fmt: skip
+    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=1))
+    assert [row["status"] for row in run_study(config)] == ["ok"] * 4
+
+
+def test_the_commonest_answer_is_a_row_without_a_model(tmp_path, monkeypatch):
+    config = StudyConfig(
+        output=tmp_path, models=("tiny-llava",), methods=("lora",), implementations=("frozen",), axes=("task",)
+    )
+    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=9))
+    accuracy = {row["value"]: row["accuracy"] for row in run_study(config) if row["implementation"] == "majority"}
+    assert 0.05 < accuracy["unseen"] < 0.25 and 0.25 < accuracy["seen"] < 0.45

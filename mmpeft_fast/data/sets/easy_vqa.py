@@ -1,4 +1,7 @@
-"""easy-vqa and its three kinds of questions as data sets of their own; the files are the installed package's."""
+"""easy-vqa and its three kinds of questions as data sets of their own, and captions put together from its answers.
+
+The files are the installed package's.
+"""
 
 import json
 from collections.abc import Iterator
@@ -25,10 +28,29 @@ def _records(root: Path, split: str, kind: str | None) -> Iterator[tuple[str, An
             yield f"{path} entry {index}", (index, *record)
 
 
+def _captions(root: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """One record an image of which shape and colour are asked: `a red circle`."""
+    known: dict[int, dict[str, str]] = {}
+    for _, (_, _, answer, image_id) in _records(root, split, None):
+        known.setdefault(image_id, {})[_kind(answer)] = answer
+    path = package_folder() / "data" / split / "questions.json"
+    for image_id, facts in known.items():
+        if {"shape", "color"} <= facts.keys():
+            yield f"{path} image {image_id}", (image_id, f"a {facts['color']} {facts['shape']}")
+
+
+def _caption(record: Any, place: Place) -> TaskSample:
+    image_id, text = record
+    return question(place, f"{place.split}-image-{image_id}", prompts.caption(), text, _image(place.split, image_id))
+
+
+def _image(split: str, image_id: int) -> Path:
+    return existing(package_folder() / "data" / split / "images" / f"{image_id}.png")
+
+
 def _sample(record: Any, place: Place) -> TaskSample:
     index, asked, answer, image_id = record
-    image = existing(package_folder() / "data" / place.split / "images" / f"{image_id}.png")
-    return question(place, f"{place.split}-{index}", prompts.vqa(asked), answer, image)
+    return question(place, f"{place.split}-{index}", prompts.vqa(asked), answer, _image(place.split, image_id))
 
 
 EASY_VQA_SETS: dict[str, DataSet] = {
@@ -39,13 +61,14 @@ EASY_VQA_SETS: dict[str, DataSet] = {
         splits=SPLITS,
         metric=metric,
         files=lambda split: (),
-        records=partial(_records, kind=kind),
-        sample=_sample,
+        records=records,
+        sample=sample,
     )
-    for suffix, words, kind, metric in (
-        ("", "", None, "exact_match"),
-        ("-yes-no", ", yes or no", "yes-no", "pope"),
-        ("-shape", ", what shape", "shape", "exact_match"),
-        ("-color", ", what color", "color", "exact_match"),
+    for suffix, words, metric, records, sample in (
+        ("", "", "exact_match", partial(_records, kind=None), _sample),
+        ("-yes-no", ", yes or no", "pope", partial(_records, kind="yes-no"), _sample),
+        ("-shape", ", what shape", "exact_match", partial(_records, kind="shape"), _sample),
+        ("-color", ", what color", "exact_match", partial(_records, kind="color"), _sample),
+        ("-caption", ", captions", "exact_match", _captions, _caption),
     )
 }

@@ -116,9 +116,7 @@ def _make_bases(config: StudyConfig, missing: list[BaseSpec], progress: Progress
     """Makes the bases; returns the reason of each model whose base failed."""
     if not missing:
         return {}
-    inputs = prepare_inputs(
-        config.output / "data", data=None, images=None, eval_samples=config.eval_samples, seed=config.seed
-    )
+    inputs = prepare_inputs(data=None, images=None, eval_samples=config.eval_samples)
     outcomes = {base.model: make_base(config, base, inputs, progress) for base in missing}
     return {model: reason for model, reason in outcomes.items() if reason}
 

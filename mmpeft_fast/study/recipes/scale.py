@@ -140,7 +140,7 @@ SMALL = Scale(
     large_model="tiny-qwen2-vl",
     profile_model="tiny-qwen2-vl",
     unseen=(_easy("-color"),),
-    seen=(_easy("-yes-no"),),
+    seen=(_easy("-shape"),),
     sizes={
         "lora": ("r", (2, 4, 8, 16)),
         "adapter": ("bottleneck", (2, 4, 8, 16)),
@@ -150,7 +150,7 @@ SMALL = Scale(
     epochs=3,
     long_epochs=4,
     captions=replace(_easy("-yes-no").test, metric="false_yes"),
-    captions_after=_easy("-color"),
+    captions_after=_easy("-yes-no"),
     yes_no=_easy("-yes-no").test,
     dialogues=_easy("-yes-no").train,
     everything=_easy("").train,

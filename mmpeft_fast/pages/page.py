@@ -1,17 +1,17 @@
-"""A self-contained page in the study's look, and what pages of measurements share: colours, tables, legends, notes."""
+"""The page itself, and what pages of measurements share: colours, tables, legends, notes."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 
-from mmpeft_fast.profiling.charts import css_name
+from mmpeft_fast.pages.svg import css_name
 
 _LIGHT = ("#4269d0", "#97bbf5", "#9aa3af", "#a463f2", "#0f766e", "#c2571a", "#d9a441", "#aa3355", "#6cc5b0", "#9c6b4e")
 _DARK = ("#6f92f0", "#4f6f9f", "#6b7480", "#b98af5", "#2dbdb0", "#f0864a", "#e0bb62", "#e06c8d", "#3f8f7f", "#b98b6e")
 
 
 def page(title: str, style: str, sections: Sequence[str]) -> str:
-    """The page; `style` comes behind the study's style sheet and the palette."""
+    """The page; `style` comes behind the shared style sheet and the palette."""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -25,7 +25,7 @@ def page(title: str, style: str, sections: Sequence[str]) -> str:
 
 
 def _shared_style() -> str:
-    shared = resources.files("mmpeft_fast.study").joinpath("report.css").read_text(encoding="utf-8")
+    shared = resources.files("mmpeft_fast.pages").joinpath("style.css").read_text(encoding="utf-8")
 
     def variables(palette: Sequence[str]) -> str:
         return "".join(f"--c{i}: {colour}; " for i, colour in enumerate(palette))

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages of measurements: one style sheet, tables, and charts as inline SVG."""
