@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 
 from mmpeft_fast import compare, fuse, fuse_report, merge_peft, provider, saved_bytes, unfuse
@@ -181,3 +181,39 @@ def test_several_steps(config, checkpoints):
     expected = losses(copy.deepcopy(model))
     assert expected.std() > 1e-3
     assert_same_in_double(losses(fuse(model)), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["dora", "vera", "biases of U", "two IA3"])
+def test_a_layer_read_anew_within_a_checkpoint(kind, use_reentrant):
+    """Its recomputation, for which nothing has changed, saves as many tensors for the backward."""
+    config = {
+        "dora": DORA,
+        "vera": VeraConfig(r=6, target_modules=LINEARS, projection_prng_key=3),
+        "biases of U": LoraConfig(r=4, target_modules=LINEARS, lora_bias=True),
+        "two IA3": IA3Config(target_modules=LINEARS, feedforward_modules=r".*down_proj"),
+    }[kind]
+    model = model_of(config)
+    if kind == "two IA3":
+        model.add_adapter("second", copy.deepcopy(config))
+        model.base_model.set_adapter(["default", "second"])
+        randomize_trainable(model.double())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    batch = tiny_batch("llama")
+    del batch["labels"]  # with labels the layers are read before the first of them runs
+
+    def logits_and_grads():
+        model.zero_grad()
+        logits = model(**batch).logits
+        logits.square().mean().backward()
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        return logits.detach(), {name: each.grad.clone() for name, each in trained.items()}
+
+    logits, grads = logits_and_grads()
+    fuse(model)
+    fused_logits, fused_grads = logits_and_grads()
+    assert not fuse_report(model).kept
+    assert_same_in_double(fused_logits, logits, "logits")
+    for name, grad in grads.items():
+        assert_same_in_double(fused_grads[name], grad, name)

@@ -203,7 +203,10 @@ class Reading:
     def _read(self, layer: nn.Module, paths: DecoderPaths) -> None:
         self._reason = self._sites = None
         try:
-            self._sites = read_layer(layer, paths)
+            # What is computed here is computed again for the call. With a graph this would save tensors in a first call
+            # that a recomputation, which finds the layer read, does not.
+            with torch.no_grad():
+                self._sites = read_layer(layer, paths)
         except Unfusable as reason:
             self._reason = str(reason)
         modules = list(layer.modules())
