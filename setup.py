@@ -97,7 +97,7 @@ setup(
     packages=find_packages(include=["mmpeft_fast", "mmpeft_fast.*"]) + find_packages("kernels"),
     package_dir={"mmpeft_fast": "mmpeft_fast", "mmpeft_kernels": "kernels/mmpeft_kernels"},
     package_data={
-        "mmpeft_fast.pages": ["*.css"],
+        "mmpeft_fast.pages": ["*.css", "*.js"],
         "mmpeft_fast.layers": ["*.json"],
         "mmpeft_kernels": ["*.json", "rates/*.json", "tuned/*.json"],
     },

@@ -1,5 +1,6 @@
 """Line charts: named series over a common horizontal axis."""
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
@@ -30,6 +31,15 @@ def _share(value: float, low: float, high: float, is_log: bool) -> float:
     return (value - low) / ((high - low) or 1.0)
 
 
+def _x_ticks(xs: Sequence[float], *, is_log: bool, is_joined: bool) -> Sequence[float]:
+    """The points' own places where their numbers have room beside one another, else round ones."""
+    if is_log:
+        return xs if len(xs) <= _MOST_X_TICKS and is_joined else _log_ticks(xs[0], xs[-1])
+    shares = [_share(x, xs[0], xs[-1], is_log=False) for x in xs]
+    has_room = all(right - left > 1 / _MOST_X_TICKS for left, right in itertools.pairwise(shares))
+    return xs if has_room else ticks(xs[0], xs[-1])
+
+
 def line_chart(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     across: str,
@@ -51,7 +61,7 @@ def line_chart(
     """
     xs = sorted({x for points in lines.values() for x, _ in points})
     ys = [y for points in lines.values() for _, y in points] + ([limit] if limit else [])
-    x_ticks = xs if not is_log or (len(xs) <= _MOST_X_TICKS and not unjoined) else _log_ticks(xs[0], xs[-1])
+    x_ticks = _x_ticks(xs, is_log=is_log, is_joined=not unjoined)
     y_ticks = _log_ticks(min(ys), max(ys)) if is_log else ticks(0.0, max(ys) or 1.0)
     left, right = min(xs[0], x_ticks[0]), max(xs[-1], x_ticks[-1])
     low = y_ticks[0] if is_log else 0.0

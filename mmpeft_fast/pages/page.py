@@ -62,6 +62,19 @@ def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], *, has_tota
     return f"<div class=scroll><table><thead>{line('th', header)}</thead>\n<tbody>{''.join(body)}</tbody></table></div>"
 
 
+def heat_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    """Names and numbers 0 to 100, darker where they are higher; None: no number."""
+
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "<td class=number>–</td>"
+        return f'<td class=number style="--heat: {value:.0f}%"><span class=heat>{value:.1f}</span></td>'
+
+    head = "".join(f"<th{' class=number' if i else ''}>{escape(name)}</th>" for i, name in enumerate(header))
+    body = "".join(f"<tr><td>{escape(name)}</td>{''.join(map(cell, values))}</tr>" for name, values in rows)
+    return f"<div class=scroll><table class=heats><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+
+
 def legend(names: Sequence[str]) -> str:
     return f"<p class=legend>{''.join(f'<span class={css_name(name)}>{escape(name)}</span>' for name in names)}</p>"
 

@@ -255,13 +255,13 @@ def _sources_digest() -> str:
     shown_only = {"cli.py", "doctor.py", "__main__.py"} | {
         f"study/{name}.py"
         for name in (
-            *("command", "run", "progress", "table", "report", "charts", "data_check", "status", "diff"),
+            *("command", "run", "progress", "table", "report", "charts", "varied", "data_check", "status", "diff"),
             *("recipes/command", "recipes/cost", "recipes/run", "recipes/table"),
         )
     }
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if name not in shown_only:
+        if name not in shown_only and not name.startswith("pages/"):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

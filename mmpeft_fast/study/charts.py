@@ -1,6 +1,8 @@
-"""Inline SVG for the report: grouped bars against the frozen model's 1.0, and the small curve of a row's losses."""
+"""Inline SVG for the report: grouped bars against the frozen model's 1.0, values by name with their mean, and the small
+curve of a row's losses."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH = 380
@@ -46,6 +48,44 @@ def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, floa
         f'<svg viewBox="0 0 {WIDTH} {bottom + 2:.0f}" role="img" aria-label="{escape(_spoken(title, groups))}">'
         f"{''.join(shapes)}</svg>"
     )
+
+
+def spread_chart(title: str, values: Mapping[str, Sequence[float]]) -> str:
+    """A dot for each value 0 to 100, a bar from zero to their mean, and mean and standard deviation in numbers.
+
+    Args:
+        title: read out to those who do not see the picture.
+        values: at least one by name, from top to bottom.
+
+    Returns:
+        an SVG element coloured by the page's style sheet.
+    """
+    shapes, spoken, room = [], [], 96
+    scale = (WIDTH - LABEL_WIDTH - room) / 100
+    for index, (name, found) in enumerate(values.items()):
+        y = 4 + index * 30
+        mean, text = statistics.fmean(found), mean_and_deviation(found)
+        shapes.append(_text(LABEL_WIDTH - 10, y + 9, name, "label", anchor="end"))
+        shapes.append(
+            f'<rect class="spread" x="{LABEL_WIDTH}" y="{y}" width="{max(mean * scale, 1.0):.1f}" height="18" rx="2"/>'
+        )
+        for value in found:
+            x = LABEL_WIDTH + value * scale
+            shapes.append(
+                f'<circle class="point" cx="{x:.1f}" cy="{y + 9}" r="3.5"><title>{value:.1f}</title></circle>'
+            )
+        shapes.append(_text(LABEL_WIDTH + max(mean, *found) * scale + 8, y + 9, text, "value"))
+        spoken.append(f"{name} {text}")
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {30 * len(values)}" role="img" aria-label="{escape(title)}: '
+        f'{escape("; ".join(spoken))}">{"".join(shapes)}</svg>'
+    )
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """98.2 ± 0.7, the sample's standard deviation; of one value itself."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mmpeft_fast.study.cells import NO_METHOD, cell_name
 
@@ -10,10 +11,11 @@ MISSING = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column: its title and what it shows of a row."""
+    """A column: its title, what it shows of a row, and what rows are sorted by."""
 
     title: str
     text: Callable[[dict], str]
+    value: Callable[[dict], float | str | None]
     is_number: bool = True
 
 
@@ -61,20 +63,28 @@ def _accuracy(row: dict) -> str:
     return MISSING if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
 
 
-LOSS = Column(title="loss first → last", text=_losses)
+def _measured(title: str, name: str, show: Callable[[float | None], str]) -> Column:
+    return Column(title=title, text=lambda row: show(row[name]), value=lambda row: row[name])
+
+
+def _words(title: str, text: Callable[[dict], str]) -> Column:
+    return Column(title=title, text=text, value=text, is_number=False)
+
+
+LOSS = Column(title="loss first → last", text=_losses, value=lambda row: row["loss_last"])
 COLUMNS = (
-    Column(title="model", text=lambda row: row["model"], is_number=False),
-    Column(title="method", text=lambda row: MISSING if row["method"] == NO_METHOD else row["method"], is_number=False),
-    Column(title="implementation", text=lambda row: row["implementation"], is_number=False),
-    Column(title="varied", text=lambda row: f"{row['axis']} {row['value']}".strip() or MISSING, is_number=False),
-    Column(title="trainable", text=lambda row: count(row["trainable_params"])),
-    Column(title="step ms", text=lambda row: decimal(row["step_ms_p50"], 1)),
-    Column(title="× frozen", text=lambda row: decimal(time_ratio(row), 2)),
-    Column(title="saved MiB", text=lambda row: decimal(row["saved_mib"], 1)),
-    Column(title="peak MiB", text=lambda row: decimal(row["peak_mib"], 1)),
+    _words("model", lambda row: row["model"]),
+    _words("method", lambda row: MISSING if row["method"] == NO_METHOD else row["method"]),
+    _words("implementation", lambda row: row["implementation"]),
+    _words("varied", lambda row: f"{row['axis']} {row['value']}".strip() or MISSING),
+    _measured("trainable", "trainable_params", count),
+    _measured("step ms", "step_ms_p50", partial(decimal, digits=1)),
+    Column(title="× frozen", text=lambda row: decimal(time_ratio(row), 2), value=time_ratio),
+    _measured("saved MiB", "saved_mib", partial(decimal, digits=1)),
+    _measured("peak MiB", "peak_mib", partial(decimal, digits=1)),
     LOSS,
-    Column(title="accuracy", text=_accuracy),
-    Column(title="status", text=lambda row: row["status"], is_number=False),
+    Column(title="accuracy", text=_accuracy, value=lambda row: row["accuracy"]),
+    _words("status", lambda row: row["status"]),
 )
 
 

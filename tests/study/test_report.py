@@ -1,13 +1,22 @@
 """The table, the charts and the page, from rows."""
 
+import csv
+import io
+import itertools
 import re
+import statistics
+from dataclasses import asdict
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
+from mmpeft_fast.pages.points import Point, best_points, points_chart
+from mmpeft_fast.study.cells import StudyConfig, cell_name, plan
 from mmpeft_fast.study.charts import ratio_chart, sparkline
 from mmpeft_fast.study.report import report_html, write_report
 from mmpeft_fast.study.table import COLUMNS, count, memory_ratio, terminal_table, time_ratio
+from tests.study.conftest import measured
 
 VOID = {"meta"}
 
@@ -49,8 +58,9 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_needs_nothing_from_outside(rows):
     html = report_html(rows)
     page = Page(html)
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
-    assert not [attributes for _, attributes in page.tags if {"src", "href", "srcset"} & attributes.keys()]
+    assert not {"link", "img", "iframe"} & {tag for tag, _ in page.tags} and page.count("script") == 1
+    assert not [attributes for _, attributes in page.tags if {"src", "srcset"} & attributes.keys()]
+    assert all(found["href"].startswith("data:text/csv") for _, found in page.tags if "href" in found)
     assert not re.search(r"https?:|url\(|@import", html)
     assert "prefers-color-scheme: dark" in html
 
@@ -65,6 +75,67 @@ def test_the_page_has_charts_for_each_model_and_all_rows(rows, config):
     assert page.count("tr") == 1 + len(rows)
     assert page.count("details") == len(rows)
     assert all(row["command"] in page.text for row in rows)
+
+
+def test_the_csv_has_every_row_and_number(rows):
+    link = next(found["href"] for tag, found in Page(report_html(rows)).tags if tag == "a")
+    table = list(csv.DictReader(io.StringIO(unquote(link.partition(",")[2]))))
+    assert [line["command"] for line in table] == [row["command"] for row in rows]
+    assert [line["step_ms_p50"] for line in table] == [
+        "" if (ms := row["step_ms_p50"]) is None else str(ms) for row in rows
+    ]
+
+
+def test_rows_are_sorted_by_numbers_as_they_are(rows):
+    keys = [found.get("data-key") for tag, found in Page(report_html(rows)).tags if tag == "td"]
+    assert "312320" in keys and "312 k" not in keys
+
+
+@pytest.fixture
+def varied(tmp_path) -> list[dict]:
+    """Rows of all cells of three methods on one model; accuracies differ from cell to cell."""
+    methods = ("lora", "prefix", "adapter")
+    _, cells = plan(StudyConfig(output=tmp_path, models=("tiny-llava",), methods=methods))
+    rows = []
+    for number, cell in enumerate(cells):
+        row = {"spec_key": cell.key, "reason": None, "elapsed_s": 1.0, "command": "again", **measured(), **asdict(cell)}
+        row |= {"accuracy": number / len(cells), "trainable_params": 1000 + number, "peak_mib": 60.0 + number % 7}
+        row |= {"loss_first": 2.0, "loss_last": 1.0, "tokens_per_s": 9e3 + number, "device_name": "a CPU"}
+        rows.append(row | {"versions": {"torch": "2"}, "time": "2026-01-01T00:00:00+00:00"})
+    return rows
+
+
+def test_sections_of_what_is_varied(varied):
+    page = Page(report_html(varied))
+    titles = ("Accuracy and what", "New and known", "Location", "Size and samples", "Stability", "The papers beside")
+    assert all(title in page.text for title in titles)
+    by_name = {cell_name(row): 100 * row["accuracy"] for row in varied}
+    assert f"{by_name['tiny-llava adapter fused location mlp']:.1f}" in page.text
+    seeds = [by_name[f"tiny-llava prefix fused{seed}"] for seed in (" seed 21", " seed 63", "")]
+    assert f"{statistics.fmean(seeds):.1f} ± {statistics.stdev(seeds):.1f}" in page.text
+    assert page.count("circle", **{"class": "point"}) == 2 * 3 + 3 * 3  # methods in two charts, seeds in one
+    assert page.count("figure") == 3 + 2 + 2 + 1
+    assert "different settings" not in page.text  # of other seeds among what is varied
+
+
+def test_sections_without_their_rows_are_left_out(varied):
+    page = Page(report_html([row for row in varied if row["axis"] in ("", "seed")]))
+    assert "Stability" in page.text and "Location of" not in page.text and "Size and samples" not in page.text
+
+
+def test_best_points_are_those_that_no_other_beats():
+    points = [Point("a", 1, 5), Point("b", 2, 4), Point("c", 3, 9), Point("d", 3, 7), Point("e", 2, 5)]
+    assert [point.name for point in best_points(points, less_is_better=True)] == ["a", "c"]
+    assert [point.name for point in best_points(points, less_is_better=False)] == ["c"]
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0, 0.0], [100.0, 100.0], [5.0, 5.1, 5.2, 5.3]])
+def test_points_and_their_names_stay_in_the_picture_and_apart(values):
+    points = [Point(f"method {i}", 50.0, value) for i, value in enumerate(values)]
+    chart = points_chart("t", points, "MiB", "%", less_is_better=True)
+    assert all(0 <= float(y) <= 300 for y in re.findall(r'c?y="([-.0-9]+)"', chart))
+    heights = sorted(float(y) for y in re.findall(r'class="value" x="[-.0-9]+" y="([-.0-9]+)"', chart))
+    assert len(heights) == len(values) and all(b - a > 12 for a, b in itertools.pairwise(heights))
 
 
 def test_the_page_tells_failures_as_text(rows):
