@@ -46,12 +46,11 @@ def points_chart(title: str, points: Sequence[Point], across: str, up: str, *, l
         shapes.append(text(x, _HEIGHT - _BOTTOM + 14, f"{tick:g}", "middle" if tick < right else "end"))
     path = " ".join("{:.1f},{:.1f}".format(*at(point)) for point in best_points(points, less_is_better=less_is_better))
     shapes.append(f'<polyline class="best" points="{path}"/>')
-    for point, name_y in zip(points, _name_heights([at(point)[1] for point in points])):
-        x, y = at(point)
+    places = [at(point) for point in points]
+    for point, (x, y), (name_x, name_y, anchor) in zip(points, places, _name_places(points, places)):
         said = escape(f"{point.name}: {up} {point.y:.1f}, {across} {point.x:.4g}")
         shapes.append(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{said}</title></circle>')
-        fits = x + 9 + LETTER * len(point.name) < _WIDTH
-        shapes.append(text(x + 9 if fits else x - 9, name_y, point.name, "start" if fits else "end", "value"))
+        shapes.append(text(name_x, name_y, point.name, anchor, "value"))
     spoken = "; ".join(f"{point.name} {point.y:.1f} at {point.x:.4g}" for point in points)
     return svg(_WIDTH, _HEIGHT, f"{title}, {up} at {across}: {spoken}", shapes)
 
@@ -66,10 +65,23 @@ def best_points(points: Sequence[Point], *, less_is_better: bool) -> list[Point]
     return sorted(found, key=lambda p: p.x)
 
 
-def _name_heights(heights: Sequence[float]) -> list[float]:
-    """Where names go that want to be at `heights`: moved up from the lowest until none lies on another."""
-    moved = list(heights)
-    last = float("inf")
-    for i in sorted(range(len(heights)), key=lambda i: -heights[i]):
-        moved[i] = last = min(heights[i], last - _LINE)
-    return moved
+def _name_places(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
+    """(x, y, anchor) of each name: beside its point if it lies on no other point or name there, else higher."""
+    taken = [(x - 6, x + 6, y) for x, y in places]
+    found = []
+    for point, (x, y) in zip(points, places):
+        width = LETTER * len(point.name)
+        sides = [side for side in ((x + 9, "start"), (x - 9, "end")) if _fits(side, width)]
+        candidates = [(side, y - step * _LINE / 2) for step in range(2 * len(points) + 2) for side in sides]
+        for (name_x, anchor), name_y in candidates:
+            left = name_x if anchor == "start" else name_x - width
+            if not any(left < end and start < left + width and abs(name_y - at) < _LINE for start, end, at in taken):
+                break
+        taken.append((left, left + width, name_y))
+        found.append((name_x, name_y, anchor))
+    return found
+
+
+def _fits(side: tuple[float, str], width: float) -> bool:
+    x, anchor = side
+    return x + width <= _WIDTH if anchor == "start" else x - width >= _LEFT

@@ -189,6 +189,6 @@ def _figure(title: str, chart: str) -> str:
 def _section(title: str, lead: str, figures: Sequence[str], body: str = "") -> str:
     if not figures and not body:
         return ""
-    charts = f"<div class=charts>{''.join(figures)}</div>" if figures else ""
+    charts = f"<div class='charts pairs'>{''.join(figures)}</div>" if figures else ""
     words = f"<p class=small>{lead}</p>\n" if lead else ""
     return f"<section>\n<h2>{title}</h2>\n{words}{charts}{body}\n</section>"

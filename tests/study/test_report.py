@@ -129,13 +129,22 @@ def test_best_points_are_those_that_no_other_beats():
     assert [point.name for point in best_points(points, less_is_better=False)] == ["c"]
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0, 0.0], [100.0, 100.0], [5.0, 5.1, 5.2, 5.3]])
-def test_points_and_their_names_stay_in_the_picture_and_apart(values):
-    points = [Point(f"method {i}", 50.0, value) for i, value in enumerate(values)]
-    chart = points_chart("t", points, "MiB", "%", less_is_better=True)
-    assert all(0 <= float(y) <= 300 for y in re.findall(r'c?y="([-.0-9]+)"', chart))
-    heights = sorted(float(y) for y in re.findall(r'class="value" x="[-.0-9]+" y="([-.0-9]+)"', chart))
-    assert len(heights) == len(values) and all(b - a > 12 for a, b in itertools.pairwise(heights))
+@pytest.mark.parametrize("xs", [[50.0] * 6, [50.0, 50.2, 50.4, 50.5, 50.9, 60.0]])
+@pytest.mark.parametrize("ys", [[0.0] * 6, [100.0] * 6, [5.0, 5.1, 5.2, 5.3, 5.4, 96.0]])
+def test_points_and_their_names_stay_in_the_picture_and_apart(xs, ys):
+    names = ("layernorm-simp", "lora", "ia3", "prefix", "adapter", "layernorm")
+    chart = points_chart("t", list(map(Point, names, xs, ys)), "MiB", "%", less_is_better=True)
+    found = re.findall(
+        r'class="value" x="([-.0-9]+)" y="([-.0-9]+)" dy=".35em" text-anchor="(start|end)">([^<]+)', chart
+    )
+    boxes = []
+    for x, y, anchor, name in found:
+        left = float(x) - (7 * len(name) if anchor == "end" else 0)
+        boxes.append((left, left + 7 * len(name), float(y)))
+        assert left >= 0 and left + 7 * len(name) <= 420 and -40 <= float(y) <= 300
+    assert len(boxes) == 6
+    for (left, right, y), (other_left, other_right, other_y) in itertools.combinations(boxes, 2):
+        assert right <= other_left or other_right <= left or abs(y - other_y) > 12
 
 
 def test_the_page_tells_failures_as_text(rows):
