@@ -17,7 +17,7 @@ MORE_IS_WORSE = {
 }
 SCORES = "scores"  # a recipe's, a number for each set and metric
 _NAMES = (*MORE_IS_WORSE, SCORES)
-_WORSE_METRICS = ("hallucination", "false_yes")  # of which less is better
+_WORSE_METRICS = ("hallucination", "shape_hallucination")  # of which less is better
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -69,9 +69,9 @@ def test_a_cell_that_is_lost_fails(two_runs, capsys):
 
 
 def test_scores_of_recipes(tmp_path, capsys):
-    for name, false_yes, accuracy in (("a", 0.1, 0.8), ("b", 0.2, 0.9)):
+    for name, chair_s, accuracy in (("a", 0.1, 0.8), ("b", 0.2, 0.9)):
         scores = [
-            {"epoch": 1, "set": "x", "metric": "false_yes", "false_yes": false_yes},
+            {"epoch": 1, "set": "x", "metric": "shape_hallucination", "chair_s": chair_s},
             {"epoch": 1, "set": "y", "metric": "exact_match", "accuracy": accuracy},
         ]
         row = {"spec_key": name, "status": "ok", "model": "m", "method": "lora", "implementation": "fused"}
@@ -80,7 +80,7 @@ def test_scores_of_recipes(tmp_path, capsys):
         (tmp_path / name / "results.jsonl").write_text(json.dumps(row) + "\n")
     _, found = diff(str(tmp_path / "a"), str(tmp_path / "b"), capsys=capsys)
     worse = {each["number"]: each["worse_percent"] for each in found["changes"]}
-    assert worse == {"x false_yes": pytest.approx(100), "y exact_match": pytest.approx(-12.5)}
+    assert worse == {"x shape_hallucination": pytest.approx(100), "y exact_match": pytest.approx(-12.5)}
 
 
 @pytest.mark.parametrize(

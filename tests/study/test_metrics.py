@@ -190,8 +190,11 @@ def test_every_metric_by_its_name():
     captions = [sample("x y", ("x y",)), sample("z", ("z",))]
     assert score("cider", ["x y", "z"], captions) == {"cider": pytest.approx(3.75)}
     assert score("hallucination", ["a dog"], [sample("a cat")])["chair_s"] == 1.0
-    assert score("false_yes", ["yes", "no", "yes"], [sample("no"), sample("no"), sample("yes")]) == {"false_yes": 0.5}
-    assert score("false_yes", ["yes"], [sample("yes")]) == {"false_yes": 0.0}
+    shapes = score(
+        "shape_hallucination", ["a red circle", "two Triangles"], [sample("a red circle"), sample("a blue circle")]
+    )
+    assert shapes == {"chair_s": 0.5, "chair_i": 0.5, "objects_per_caption": 1.0}
+    assert score("shape_hallucination", ["a dog"], [sample("a circle")])["objects_per_caption"] == 0.0
     assert len(METRICS) == 7
 
 

@@ -218,8 +218,8 @@ def test_published_numbers_stand_beside_ours():
 def test_hallucination_is_the_mean_over_epochs_of_one_metric():
     recipe = make_recipe("hallucination", SMALL)
     scores = [
-        {"epoch": epoch, "set": "easy-vqa-yes-no", "metric": metric, "first": value, "accuracy": 0.0}
-        for metric in ("false_yes", "pope")
+        {"epoch": epoch, "set": "easy-vqa-caption", "metric": metric, "first": value, "accuracy": 0.0}
+        for metric in ("shape_hallucination", "pope")
         for epoch, value in ((1.0, 0.1), (2.0, 0.3))
     ]
     row = {"labels": recipe.cells[0].labels, "seed": 42, "status": "ok", "scores": scores}
@@ -227,7 +227,7 @@ def test_hallucination_is_the_mean_over_epochs_of_one_metric():
     assert entry["score"] == pytest.approx(20.0)
     assert [each["value"] for each in entry["published"]] == ["13.3"]
     assert entry["published"][0]["ours"] == "20.0"
-    assert "false_yes 1: 10.0, 2: 30.0" in recipe_table(recipe, [entry])
+    assert "shape_hallucination 1: 10.0, 2: 30.0" in recipe_table(recipe, [entry])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from statistics import fmean
 
 from mmpeft_fast.data.sets import TaskSample
 from mmpeft_fast.study.metrics.cider import cider
-from mmpeft_fast.study.metrics.objects import hallucination
+from mmpeft_fast.study.metrics.objects import SHAPES, hallucination
 from mmpeft_fast.study.metrics.options import chosen
-from mmpeft_fast.study.metrics.pope import pope, says_yes
+from mmpeft_fast.study.metrics.pope import pope
 from mmpeft_fast.study.metrics.vqa import exact_match, vqa_score
 
 __all__ = ["METRICS", "Metric", "score"]
@@ -29,12 +29,6 @@ def _option_accuracy(predictions: Sequence[str], samples: Sequence[TaskSample]) 
     }
 
 
-def _false_yes(predictions: Sequence[str], samples: Sequence[TaskSample]) -> float:
-    """How often what is not in the image is said to be there."""
-    said = [says_yes(answer) for answer, each in zip(predictions, samples) if each.answers[0] == "no"]
-    return fmean(said) if said else 0.0
-
-
 METRICS: dict[str, Metric] = {
     "option_accuracy": _option_accuracy,
     "exact_match": lambda predictions, samples: {
@@ -45,8 +39,10 @@ METRICS: dict[str, Metric] = {
     },
     "cider": lambda predictions, samples: {"cider": fmean(cider(predictions, [each.references for each in samples]))},
     "pope": lambda predictions, samples: pope(predictions, [each.answers[0] for each in samples]),
-    "false_yes": lambda predictions, samples: {"false_yes": _false_yes(predictions, samples)},
     "hallucination": lambda predictions, samples: hallucination(predictions, [each.references for each in samples]),
+    "shape_hallucination": lambda predictions, samples: hallucination(
+        predictions, [each.references for each in samples], vocabulary=SHAPES
+    ),
 }
 
 

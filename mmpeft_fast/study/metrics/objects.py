@@ -34,6 +34,7 @@ VOCABULARY = """
     hair drier = hair dryer, hairdryer; toothbrush; hat = cap, helmet; guitar; camera; microphone;
     drum = drums; flag; ladder;
 """
+SHAPES = "circle; rectangle; triangle"  # of easy-vqa
 _PLURALS = {
     **{"person": "people", "man": "men", "woman": "women", "gentleman": "gentlemen", "child": "children"},
     **{"knife": "knives", "calf": "calves", "mouse": "mice", "goose": "geese", "sheep": "sheep", "ox": "oxen"},
@@ -53,9 +54,9 @@ def object_names(vocabulary: str = VOCABULARY) -> Mapping[tuple[str, ...], str]:
     return names
 
 
-def objects_in(text: str) -> list[str]:
+def objects_in(text: str, vocabulary: str = VOCABULARY) -> list[str]:
     """The objects that a text names, in order; what it names twice is there twice."""
-    names, words, found, position = object_names(), tokenize(text), [], 0
+    names, words, found, position = object_names(vocabulary), tokenize(text), [], 0
     longest = max(map(len, names))
     while position < len(words):
         for length in range(longest, 0, -1):
@@ -69,7 +70,10 @@ def objects_in(text: str) -> list[str]:
 
 
 def hallucination(
-    captions: Sequence[str], references: Sequence[Sequence[str]], annotated: Sequence[Iterable[str]] | None = None
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    annotated: Sequence[Iterable[str]] | None = None,
+    vocabulary: str = VOCABULARY,
 ) -> dict[str, float]:
     """`chair_s`, `chair_i` and `objects_per_caption`.
 
@@ -78,8 +82,8 @@ def hallucination(
     annotated = [()] * len(captions) if annotated is None else annotated
     num_objects = num_wrong = num_wrong_captions = 0
     for caption, texts, things in zip(captions, references, annotated, strict=True):
-        present = set(things).union(*(objects_in(text) for text in texts))
-        named = objects_in(caption)
+        present = set(things).union(*(objects_in(text, vocabulary) for text in texts))
+        named = objects_in(caption, vocabulary)
         wrong = [thing for thing in named if thing not in present]
         num_objects, num_wrong = num_objects + len(named), num_wrong + len(wrong)
         num_wrong_captions += bool(wrong)

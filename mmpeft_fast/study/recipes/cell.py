@@ -33,7 +33,11 @@ from mmpeft_fast.train.log import peak_mib
 WARMUP_STEPS = 4  # steps whose time does not count
 MAX_LENGTH = 2048  # tokens, the study's
 SHOWN_SENTENCES = 3
-_ANSWER_TOKENS = {"cider": 64, "hallucination": 64}  # of captions; other answers are a few words
+_ANSWER_TOKENS = {
+    "cider": 64,
+    "hallucination": 64,
+    "shape_hallucination": 16,
+}  # of captions; other answers are a few words
 _SHORT_ANSWER_TOKENS = 16
 
 
