@@ -310,6 +310,6 @@ def hallucination(scale: Scale) -> Recipe:
         over_epochs=True,
         notes=(
             "the paper counted by hand; ours is the share of captions with an object that no reference names",
-            "small: how often an object that is not there is said to be there",
+            "small: shapes that captions name and the picture has not, after tuning on questions about shapes",
         ),
     )

@@ -150,7 +150,7 @@ SMALL = Scale(
     epochs=3,
     long_epochs=4,
     captions=replace(_easy("-caption").test, metric="shape_hallucination"),
-    captions_after=_easy("-color"),
+    captions_after=_easy("-shape"),
     yes_no=_easy("-yes-no").test,
     dialogues=_easy("-yes-no").train,
     everything=_easy("").train,
