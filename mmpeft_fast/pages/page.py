@@ -35,7 +35,7 @@ def _shared_style() -> str:
         f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(_DARK)}}} }}\n"
         ".figures div { flex-basis: 140px; }\n"
         ".legend { flex-wrap: wrap; row-gap: 4px; }\n.scroll { margin-bottom: 12px; }\n"
-        "svg .grid { stroke: var(--rule); }\nsvg text.tick { fill: var(--soft); }\n"
+        "svg text.tick { fill: var(--soft); }\n"
         "td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }\n"
         "tr.total td { border-top: 1px solid var(--rule); font-weight: 600; }\n"
     )

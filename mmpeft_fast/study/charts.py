@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from mmpeft_fast.pages.svg import svg
+
 WIDTH = 380
 LABEL_WIDTH = 112  # method names on the left
 VALUE_WIDTH = 48  # the number behind the longest bar
@@ -76,10 +78,7 @@ def spread_chart(title: str, values: Mapping[str, Sequence[float]]) -> str:
             )
         shapes.append(_text(LABEL_WIDTH + max(mean, *found) * scale + 8, y + 9, text, "value"))
         spoken.append(f"{name} {text}")
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {30 * len(values)}" role="img" aria-label="{escape(title)}: '
-        f'{escape("; ".join(spoken))}">{"".join(shapes)}</svg>'
-    )
+    return svg(WIDTH, 30 * len(values), f"{title}: {'; '.join(spoken)}", shapes)
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
