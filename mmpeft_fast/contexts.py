@@ -41,6 +41,13 @@ class SharedRows:
         """What a fused model is called with in place of the rows' own ids, mask and positions."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "documents": self.documents}
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """Values [.., B, T] of the rows' tokens, the same for a token that rows share, as [.., 1, L]."""
+        is_token = (self.places >= 0).flatten()
+        found = values.new_zeros((*values.shape[:-2], 1, self.input_ids.shape[1]))
+        found[..., 0, self.places.flatten()[is_token]] = values.flatten(-2)[..., is_token]
+        return found
+
     def spread(self, hidden: Tensor) -> Tensor:
         """[1, L, H], or logits [1, L, V], as rows [B, T, ..]; zeros for padding. Gradients of a shared token are
         sums."""

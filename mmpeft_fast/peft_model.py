@@ -298,6 +298,7 @@ def fuse(
     if share_contexts:
         swap_class(below_head, SharedContexts)
         below_head.paths, below_head.image_token = paths, getattr(base.config, "image_token_id", None)
+        below_head.merge_size = getattr(getattr(base.config, "vision_config", None), "spatial_merge_size", None)
         below_head.decoder_path = family.decoder.removeprefix(base.base_model_prefix).removeprefix(".")
     elif isinstance(below_head, SharedContexts):
         _unfuse_module(below_head)

@@ -17,7 +17,7 @@ from mmpeft_fast.small_batches import documents_batch
 from tests.closeness import assert_as_close_as_eager
 from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_model
 
-FAMILIES = ("llama", "qwen2", "qwen3", "llava")
+FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_vl")
 TREE = Documents(
     (((9, -1), (4, 0), (3, 1), (5, 0), (6, -1)), ((7, -1), (6, 0), (0, 0), (4, 0), (1, -1)), ((5, -1),), ())
 )

@@ -24,6 +24,7 @@ SHARED = {
     "labels",
     "measure",
     "pages",
+    "patch_grids",
     "placement",
     "version",
 }
@@ -53,6 +54,7 @@ ALLOWED = {
     "plugins": set(),
     "contexts": set(),
     "documents": set(),
+    "patch_grids": set(),
     "dtypes": set(),
     "labels": set(),
     "fields": set(),

@@ -78,7 +78,7 @@ def test_bad_rows():
 def pairs(family: str, side: str) -> dict[str, torch.Tensor]:
     """Two answers to each of two prompts, as rows in the order of TRL: chosen, then rejected."""
     one = tiny_batch(family, padding_side=None)
-    keep = {"input_ids", "pixel_values", "image_sizes"}
+    keep = {"input_ids", "pixel_values", "image_sizes", "image_grid_thw", "mm_token_type_ids"}
     batch = {name: torch.cat((value, value)) for name, value in one.items() if name in keep}
     ids = batch["input_ids"]
     generator = torch.Generator().manual_seed(1)
@@ -89,9 +89,13 @@ def pairs(family: str, side: str) -> dict[str, torch.Tensor]:
     labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
     labels[:, :-7] = IGNORE_INDEX
     batch |= {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    token_wise = ["input_ids", "attention_mask", "labels"]
+    if "mm_token_type_ids" in batch:
+        batch["mm_token_type_ids"] = nn.functional.pad(batch["mm_token_type_ids"], (0, answers.shape[1]))
+        token_wise.append("mm_token_type_ids")
     if side == "left":
         for row, count in enumerate((~mask.bool()).sum(1).tolist()):
-            for name in ("input_ids", "attention_mask", "labels"):
+            for name in token_wise:
                 batch[name][row] = batch[name][row].roll(count)
     return batch
 
@@ -115,7 +119,7 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "llava", "llava_next"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llava", "llava_next", "qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_preference_loss(method, family, side, monkeypatch):
     monkeypatch.setattr("mmpeft_fast.contexts.LEAST_SHARED", 4)
@@ -183,7 +187,7 @@ def test_calls_that_share_nothing():
     assert fuse_report(fuse(model)).contexts is None
 
 
-@pytest.mark.parametrize("family, reason", [("qwen2_vl", "three positions"), ("mistral", "window slides")])
+@pytest.mark.parametrize("family, reason", [("qwen_vl", "found by rows"), ("mistral", "window slides")])
 def test_families_whose_rows_are_no_documents(family, reason):
     model = tiny_model(family)
     if family == "mistral":

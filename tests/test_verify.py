@@ -25,7 +25,8 @@ from mmpeft_fast import (
 from mmpeft_fast.layers import causal_lm, decoder
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.models import FAMILIES, empty_model
-from mmpeft_fast.small_batches import cut_batch, made_batches
+from mmpeft_fast.small_batches import cut_batch, documents_batch, made_batches
+from mmpeft_fast.verify import _Run
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
 LINEARS = r".*\.(q|k|v|o|gate|up|down)_proj"
@@ -386,3 +387,39 @@ def test_a_lost_gradient_is_found():
     batch = tiny_batch("qwen2_vl")
     _, grads = loss_and_grads(model, batch)
     assert any("visual.blocks.0" in name for name in grads)
+
+
+def test_what_differs_by_chance_is_looked_at_again(monkeypatch):
+    model = fuse(own_model())
+    own = _Run.rows
+    looks = []
+
+    def differing(shares):
+        """Every look's first row as far off as the look says, in what is allowed."""
+
+        def rows(run):
+            looks.append(run.look)
+            first, *others = own(run)
+            return [first._replace(difference=shares[run.look] * first.allowed), *others]
+
+        return rows
+
+    for shares, expected, differs in (
+        ([0.5], [0], False),
+        ([1.5, 0.5], [0, 1], False),
+        ([1.5, 1.2, 2.0, 1.1], [0, 1, 2, 3], True),
+        ([100.0], [0], True),
+        ([float("nan")], [0], True),
+    ):
+        looks.clear()
+        monkeypatch.setattr(_Run, "rows", differing(shares))
+        assert bool(compare(model, documents_batch(model.config)).differing) == differs
+        assert looks == expected
+
+
+def test_another_look_has_other_values():
+    model = fuse(own_model())
+    batch = documents_batch(model.config)
+    first, again = ({row[:3]: row for row in _Run(model, batch, look).rows()} for look in (0, 1))
+    assert first.keys() == again.keys()
+    assert sum(first[key].difference != again[key].difference for key in first) > len(first) // 2

@@ -16,6 +16,7 @@ from mmpeft_fast.data.feature_store import FeatureStore
 from mmpeft_fast.data.packing import Packing, Size
 from mmpeft_fast.documents import Documents
 from mmpeft_fast.labels import IGNORE_INDEX
+from mmpeft_fast.patch_grids import mrope_positions, take_images
 
 CONTEXTS = ("shared", "packed")
 
@@ -23,11 +24,7 @@ CONTEXTS = ("shared", "packed")
 def why_not_packed(processor: Any) -> str | None:
     """Why samples of this processor cannot lie behind one another in a row, or None, as far as a processor shows it.
     Where there is a model its family says it (`Family.why_not_packed`)."""
-    if hasattr(processor, "encode_chat"):
-        return "its images are found by rows"
-    if hasattr(getattr(processor, "image_processor", None), "merge_size"):
-        return "its tokens have three positions each"
-    return None
+    return "its images are found by rows" if hasattr(processor, "encode_chat") else None
 
 
 class SharedContextCollator(Collator):
@@ -38,8 +35,7 @@ class SharedContextCollator(Collator):
     features: as of `Collator`.
 
     Raises:
-        ValueError: as `Collator`, and for processors of models that find images by rows or have several positions a
-            token (Qwen's).
+        ValueError: as `Collator`, and for processors of models that find images by rows (Qwen-VL's).
     """
 
     def __init__(
@@ -63,24 +59,28 @@ class SharedContextCollator(Collator):
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Collate samples into a batch of one row of T tokens.
 
-        Returns `input_ids`, `position_ids`, `labels`, `attention_mask` (1 but for padding to `multiple_of`) [1, T]
-        int64, `documents`, what the processor gives for the images, each once, and `supervised_capacity`. The loss and
-        its gradients are those of the same samples in rows of their own. Raises ValueError as `Collator` does.
+        Returns `input_ids`, `position_ids`, `labels`, `attention_mask` (1 but for padding to `multiple_of`) and what
+        else the processor has of tokens, [1, T] int64 (position_ids [3, 1, T] where the model's tokens have three),
+        `documents`, what the processor gives for the images, each once, and `supervised_capacity`. The loss and its
+        gradients are those of the same samples in rows of their own. Raises ValueError as `Collator` does.
         """
         self.check(samples)
         rows, image_inputs = self._templated(samples)
         for sample, row in zip(samples, rows, strict=True):
             self._truncate(sample, row)
             row["labels"][0] = IGNORE_INDEX  # nothing precedes it
+        positions = self._positions(rows, image_inputs.get("image_grid_thw"))
         groups = self._groups(samples) if self.context == "shared" else [[index] for index in range(len(samples))]
         with_image = [index for index, sample in enumerate(samples) if sample.image is not None]
-        packed = {"input_ids": [], "labels": []}
+        packed: dict[str, list[torch.Tensor]] = {name: [] for name in rows[0]}
+        packed_positions: list[torch.Tensor] = []
         lengths: list[tuple[int, int]] = []
         images: list[int] = []
 
         def add(index: int, start: int, stop: int | None, parent: int) -> None:
             for name, parts in packed.items():
                 parts.append(rows[index][name][start:stop])
+            packed_positions.append(positions[index][..., start:stop])
             lengths.append((len(packed["labels"][-1]), parent))
 
         for members in groups:
@@ -94,16 +94,29 @@ class SharedContextCollator(Collator):
             images += [with_image.index(index) for index in shown if samples[index].image is not None]
 
         documents = Documents((tuple(lengths),))
-        row = {name: torch.cat(parts) for name, parts in packed.items()}
-        row |= {"position_ids": documents.position_ids()[0], "attention_mask": torch.ones_like(row["labels"])}
-        batch = self._pad([row])
+        batch = self._pad([{name: torch.cat(parts) for name, parts in packed.items()}])
+        position_ids = torch.cat(packed_positions, dim=-1)
+        missing = batch["labels"].shape[1] - position_ids.shape[-1]
+        batch["position_ids"] = torch.nn.functional.pad(position_ids, (0, missing))[..., None, :]
         if images != list(range(len(with_image))):
-            image_inputs = {
-                name: value[images] if isinstance(value, torch.Tensor) else [value[index] for index in images]
-                for name, value in image_inputs.items()
-            }
+            image_inputs = take_images(image_inputs, images)
         capacity = max(1, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()))
         return {**batch, **image_inputs, "documents": documents, "supervised_capacity": capacity}
+
+    def _positions(self, rows: Sequence[dict], grids: torch.Tensor | None) -> list[torch.Tensor]:
+        """Of each sample's row its tokens' positions [T]; [3, T] where the processor's images are grids of patches.
+        Those of a shared beginning are the same in all of them.
+
+        grids: [N, 3] of the samples with an image, in order.
+        """
+        merge_size = getattr(getattr(self.processor, "image_processor", None), "merge_size", None)
+        if merge_size is None:
+            return [torch.arange(len(row["input_ids"])) for row in rows]
+        remaining, found = iter([] if grids is None else grids.tolist()), []
+        for row in rows:
+            is_image = self._is_image(row["input_ids"])
+            found.append(mrope_positions(is_image, [next(remaining)] if is_image.any() else [], merge_size))
+        return found
 
     def packing(self, samples: Sequence[Sample], budget: int) -> Packing:
         """As `Collator.packing`; samples of one image file share what comes before its end, where all begin alike."""

@@ -16,9 +16,10 @@ from mmpeft_fast.layers.class_swap import Swapped, is_swapped
 from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.layers.sites import has_hooks
+from mmpeft_fast.patch_grids import mrope_positions, split_images, take_images
 
-# Tensors of images, the first dimension an image.
-_OF_IMAGES = ("pixel_values", "image_sizes")
+_OF_IMAGES = ("pixel_values", "image_sizes", "image_grid_thw")
+_TOKEN_TYPES = "mm_token_type_ids"  # which tokens are an image's, as positions are read from; see `_own_positions`
 
 
 class SharedContexts(Swapped):
@@ -32,6 +33,7 @@ class SharedContexts(Swapped):
     paths = DecoderPaths()
     decoder_path = ""
     image_token: int | None = None
+    merge_size: int | None = None  # of images that are grids of patches, whose tokens have three positions each
 
     def forward(self, *args, **kwargs):
         if "shared_rows" in kwargs:  # the caller has asked `rows_to_share` already
@@ -40,21 +42,35 @@ class SharedContexts(Swapped):
             shared = None if args else self.rows_to_share(kwargs)
         if shared is None:
             return super().forward(*args, **kwargs)
-        images = {name: kwargs[name][list(shared.images)] for name in _OF_IMAGES if kwargs.get(name) is not None}
+        changed = take_images(_images_of(kwargs), shared.images)
+        if kwargs.get("image_grid_thw") is not None:
+            changed["position_ids"] = shared.gathered(self._own_positions(kwargs))
+        kwargs = {name: value for name, value in kwargs.items() if name != _TOKEN_TYPES}
         # Of four dimensions, so that no mask is made of it; the layers do not read it.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=shared.input_ids.device)
-        outputs = super().forward(**{**kwargs, **images, **shared.batch, "attention_mask": mask})
+        outputs = super().forward(**{**kwargs, **shared.batch, **changed, "attention_mask": mask})
         outputs.last_hidden_state = shared.spread(outputs.last_hidden_state)
         return outputs
+
+    def _own_positions(self, kwargs: Mapping[str, Any]) -> Tensor:
+        """[3, B, T] of the tokens of rows, 0 for padding."""
+        ids, mask, grids = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["image_grid_thw"]
+        found = ids.new_zeros((3, *ids.shape))
+        remaining = iter(grids.tolist())
+        for row in range(len(ids)):
+            real = slice(None) if mask is None else mask[row].bool()
+            is_image = ids[row, real] == self.image_token
+            own = [next(remaining)] if is_image.any() else []
+            found[:, row, real] = mrope_positions(is_image, own, self.merge_size).to(found)
+        return found
 
     def rows_to_share(self, kwargs: Mapping[str, Any]) -> SharedRows | None:
         """The tree of a call's rows, or None: nothing is shared, or the call asks for what a tree does not give."""
         found = self._why_not(kwargs)
         if found is None:
             ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-            pixels = kwargs.get("pixel_values")
-            images = [] if pixels is None else _numbers([kwargs[name] for name in _OF_IMAGES if name in kwargs])
-            found = shared_rows(ids, mask, image_token=self.image_token, images=images) or "no rows begin alike"
+            numbers = _numbers(_images_of(kwargs))
+            found = shared_rows(ids, mask, image_token=self.image_token, images=numbers) or "no rows begin alike"
         counts = self.__dict__.setdefault("context_calls", Counter())
         counts["shared" if isinstance(found, SharedRows) else found] += 1
         return found if isinstance(found, SharedRows) else None
@@ -72,14 +88,14 @@ class SharedContexts(Swapped):
             return "with a mask that is not one of padding"
         if given.get("return_dict", True) is not True or {"output_hidden_states", "output_attentions"} & set(given):
             return "asked for more than the last hidden states"
-        known = {"input_ids", "attention_mask", *_OF_IMAGES}
+        known = {"input_ids", "attention_mask", _TOKEN_TYPES, *_OF_IMAGES}
         others = [name for name, value in given.items() if isinstance(value, Tensor) and name not in known]
         others += [name for name in ("documents", "supervised_rows", "ignore_padding", "prefix") if name in given]
         if others:
             return f"with {others[0]}"
         if self.image_token is not None:
-            pixels, rows = given.get("pixel_values"), int((ids == self.image_token).any(dim=1).sum())
-            if rows != (0 if pixels is None else len(pixels)):
+            entries = given.get("image_grid_thw", given.get("pixel_values", ()))
+            if int((ids == self.image_token).any(dim=1).sum()) != len(entries):
                 return "with several images a row"
         layers = self.paths.layers_of(self.get_submodule(self.decoder_path))
         has_prefix = any(hasattr(self.paths.attention_of(layer), "prefix") for layer in layers)
@@ -92,11 +108,16 @@ class SharedContexts(Swapped):
         return "with a layer that is not fused"
 
 
-def _numbers(of_images: list[Tensor]) -> list[int]:
+def _images_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: kwargs[name] for name in _OF_IMAGES if kwargs.get(name) is not None}
+
+
+def _numbers(inputs: Mapping[str, Tensor]) -> list[int]:
     """For each image, the first that is equal to it."""
     found: list[int] = []
-    for index in range(len(of_images[0])):
-        same = (other for other in set(found) if all(torch.equal(part[other], part[index]) for part in of_images))
+    images = list(zip(*split_images(inputs).values(), strict=True))
+    for index, image in enumerate(images):
+        same = (other for other in set(found) if all(map(torch.equal, images[other], image)))
         found.append(next(same, index))
     return found
 

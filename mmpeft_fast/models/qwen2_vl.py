@@ -105,7 +105,6 @@ QWEN2_VL = Family(
     connector=("model.visual.merger",),
     vision_tower=("model.visual.patch_embed", "model.visual.blocks.*"),
     image_features=("model.visual",),
-    why_not_packed="its tokens have three positions each",
     image=PatchGrid(),
     output_class=CausalLMOutputWithPast,
     sizes={

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmpeft_fast.contexts import num_alike
 from mmpeft_fast.data import HOST_HINTS, IGNORE_INDEX, Collator, Sample
 from mmpeft_fast.models import base_model, family_of
+from mmpeft_fast.patch_grids import take_images
 
 
 @torch.inference_mode()
@@ -101,7 +102,12 @@ def _with_context(
         groups.setdefault(sample.image, []).append(row)
     if None in groups or len(groups) == len(samples):
         return prompts
-    ids = [row[mask.bool()] for row, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+    of_tokens = {name: prompts[name] for name in ("input_ids", "mm_token_type_ids") if name in prompts}
+    of_rows = [
+        {name: value[row, mask.bool()] for name, value in of_tokens.items()}
+        for row, mask in enumerate(prompts["attention_mask"])
+    ]
+    ids = [row["input_ids"] for row in of_rows]
     shared = [0] * len(samples)
     for rows in groups.values():
         tokens = [ids[row].tolist() for row in rows]
@@ -111,22 +117,34 @@ def _with_context(
         for row in rows:
             shared[row] = alike
     firsts = [rows[0] for rows in groups.values()]
-    contexts = _padded([ids[row][: shared[row]] for row in firsts], collator.pad_token_id)
-    images = {name: value[firsts] for name, value in prompts.items() if name not in contexts}
+    heads = [{name: value[: shared[row]] for name, value in of_rows[row].items()} for row in firsts]
+    contexts = _padded(heads, collator.pad_token_id)
+    images = take_images({name: value for name, value in prompts.items() if name not in contexts}, firsts)
     cache = model(**contexts, **images, use_cache=True, logits_to_keep=1).past_key_values
     group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
     group = torch.tensor([group_of[row] for row in range(len(samples))], device=ids[0].device)
     cache.batch_select_indices(group)
-    rest = _padded([row[start:] for row, start in zip(ids, shared, strict=True)], collator.pad_token_id)
+    below_head = base_model(model).base_model
+    if getattr(below_head, "rope_deltas", None) is not None:  # how far a row's positions are from its tokens' number
+        below_head.rope_deltas = below_head.rope_deltas[group]
+    tails = [{name: value[start:] for name, value in row.items()} for row, start in zip(of_rows, shared, strict=True)]
+    rest = _padded(tails, collator.pad_token_id)
     whole = {name: torch.cat((contexts[name][group], rest[name]), dim=1) for name in rest}
     return {**whole, "past_key_values": cache}
 
 
-def _padded(rows: list[torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows of tokens with padding on the left."""
-    options = {"batch_first": True, "padding_side": "left"}
-    ids = pad_sequence(rows, padding_value=pad_token_id, **options)
-    return {"input_ids": ids, "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], **options)}
+def _padded(rows: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows of tokens, by name, with padding on the left, and their mask."""
+    rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
+    return {
+        name: pad_sequence(
+            [row[name] for row in rows],
+            batch_first=True,
+            padding_side="left",
+            padding_value=pad_token_id if name == "input_ids" else 0,
+        )
+        for name in rows[0]
+    }
 
 
 @contextmanager

@@ -80,8 +80,8 @@ def test_what_questions_have_in_common_is_counted_once(tiny_folders, device_type
         request(tiny_folders["llava"], **asked | {"batch_size": 10, "questions_per_image": 1}), device_type
     )
     assert same.saved_bytes == separate.saved_bytes
-    with pytest.raises(ValueError, match=r"context: expected separate for .*: its tokens have three positions each"):
-        count_step(request(tiny_folders["qwen2_vl"], **asked), device_type)
+    with pytest.raises(ValueError, match=r"context: expected separate for .*: its images are found by rows"):
+        count_step(request("qwen-vl-chat", **asked | {"image_size": 448, "seq_len": 400}), device_type)
     with pytest.raises(
         ValueError, match="question_tokens: expected more than the 3 labelled ones and less than seq_len"
     ):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmpeft_fast import add_peft, fuse, make_method
-from mmpeft_fast.data import Collator
+from mmpeft_fast.data import Collator, train_tokenizer
+from mmpeft_fast.models import FAMILIES, tiny_model, tiny_processor
 from mmpeft_fast.train import TrainConfig, evaluate_accuracy, generate_answers, train
 
 
@@ -68,6 +69,33 @@ def test_questions_on_an_image_share_its_prefill(make_model, samples, collator, 
     assert len(set(alone)) >= len(alone) - 1
     seen = []
     handle = model.get_submodule("model.vision_tower").register_forward_hook(lambda m, given, y: seen.append(len(y[0])))
+    assert generate_answers(model, collator, asked, max_new_tokens=12) == alone
+    assert seen == [2]
+    assert generate_answers(model, collator, asked, batch_size=2, max_new_tokens=12) == alone
+    handle.remove()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_prefill_is_shared_where_tokens_have_three_positions(samples, family, fused):
+    """Its keys are at the positions of an image's grid, behind which the questions go on."""
+    words = ("what", "which of them is it", "or not", "how many of these are there", "and why")
+    # Two images, in turns, of sides that differ.
+    asked = [replace(samples[i % 2], questions=("<image>\n" + word,)) for i, word in enumerate(words)]
+    tokenizer = train_tokenizer([*samples, *asked], FAMILIES[family].special_tokens)
+    collator = Collator(tiny_processor(family, tokenizer))
+    model = add_peft(tiny_model(family, tokenizer, seed=0), make_method("ia3"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    if fused:
+        fuse(model)
+    alone = [generate_answers(model, collator, [sample], max_new_tokens=12)[0] for sample in asked]
+    assert len(set(alone)) >= len(alone) - 1
+    seen = []
+    handle = model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, y: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
     assert generate_answers(model, collator, asked, max_new_tokens=12) == alone
     assert seen == [2]
     assert generate_answers(model, collator, asked, batch_size=2, max_new_tokens=12) == alone
