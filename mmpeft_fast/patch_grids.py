@@ -52,8 +52,7 @@ def split_images(inputs: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     if inputs.get("image_grid_thw") is not None:
         sizes["pixel_values"] = inputs["image_grid_thw"].prod(1).tolist()
     return {
-        name: value.split(sizes.get(name, 1)) if isinstance(value, Tensor) else [[entry] for entry in value]
-        for name, value in inputs.items()
+        name: value.split(sizes.get(name, 1)) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
 
 
@@ -61,6 +60,6 @@ def take_images(inputs: Mapping[str, Any], images: Sequence[int]) -> dict[str, A
     """Of images' inputs (`split_images`) those of these images, in this order."""
     chosen = {name: [parts[image] for image in images] for name, parts in split_images(inputs).items()}
     return {
-        name: torch.cat([value[:0], *chosen[name]]) if isinstance(value, Tensor) else sum(chosen[name], [])
+        name: torch.cat([value[:0], *chosen[name]]) if isinstance(value, Tensor) else chosen[name]
         for name, value in inputs.items()
     }
