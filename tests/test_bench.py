@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import ops, step
+from bench import ops, step, training
 from bench.registry import OPS, Shape, make_case
-from bench.rows import interleaved
+from bench.rows import interleaved, read_rows
 from bench.table import table
 from tests.closeness import assert_exact
 
@@ -61,3 +61,34 @@ def test_ops_program_names_unknown_ops(capsys):
         ops.main(["matmul"])
     assert error.value.code == 2
     assert "unknown ops ['matmul']; expected some of ['lora_linear'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "what, keys",
+    [
+        ("samples", {"recipe_samples_per_s", "fused_samples_per_s", "fused_shared_samples_per_s", "x_recipe"}),
+        ("packing", {"padded_ms", "packed_ms", "padding_share", "time_saved"}),
+    ],
+)
+def test_training(what, keys, tmp_path, capsys):
+    small = "--hidden 256 --intermediate 512 --layers 1 --patches 4 --images 1 --batch-size 4 --epochs 2 --rounds 1"
+    training.main([what, *small.split(), "--json", "--out", str(tmp_path / "rows.jsonl")])
+    found = json.loads(capsys.readouterr().out)
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert keys <= found.keys() and found.items() <= row.items()
+    if what == "packing":
+        assert 0 < found["packed_tokens"] < found["padded_tokens"]
+    else:
+        rates = [found[f"{name}_samples_per_s"] for name in ("recipe", "fused_shared")]
+        assert found["x_recipe"] == pytest.approx(rates[1] / rates[0])
+
+
+def test_training_says_what_is_missing(capsys):
+    for arguments, message in (
+        (["order"], "--base: expected a checkpoint, got none"),
+        (["samples", "--epochs", "1"], "--epochs: expected at least 2, as the first is not counted, got 1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            training.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
