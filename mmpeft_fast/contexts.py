@@ -28,6 +28,7 @@ class SharedRows:
         documents: which of the L tokens see which.
         places: [B, T] int64, where each token of the rows lies among the L; -1 for padding.
         images: numbers of the images that the L tokens show, in their order.
+        is_padded: whether any of the rows has padding.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class SharedRows:
     documents: Documents
     places: Tensor
     images: tuple[int, ...] = ()
+    is_padded: bool = True
 
     @property
     def batch(self) -> dict[str, Any]:
@@ -52,8 +54,7 @@ class SharedRows:
         """[1, L, H], or logits [1, L, V], as rows [B, T, ..]; zeros for padding. Gradients of a shared token are
         sums."""
         rows = hidden[0][self.places.clamp(min=0)]
-        is_padding = self.places < 0
-        return rows.masked_fill(is_padding[..., None], 0.0) if is_padding.any() else rows
+        return rows.masked_fill((self.places < 0)[..., None], 0.0) if self.is_padded else rows
 
 
 def shared_rows(
@@ -117,6 +118,7 @@ def shared_rows(
         documents=documents,
         places=places.to(device),
         images=tuple(shown),
+        is_padded=any(len(row) < input_ids.shape[1] for row in rows),
     )
 
 
