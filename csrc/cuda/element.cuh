@@ -64,7 +64,7 @@ __device__ inline void store_float(void* data, DType dtype, int64_t index, float
   }
 }
 
-// Eight neighbours of a row: what 16 bytes of a half precision hold, and what one Philox counter masks.
+// Eight neighbours of a row: what 16 bytes of a half precision hold.
 constexpr int kChunk = 8;
 
 template <typename Element>
@@ -88,18 +88,6 @@ __device__ inline Chunk<Element> load_chunk(const Element* source, int count) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) chunk.values[i] = i < count ? source[i] : from_float<Element>(0.0f);
   return chunk;
-}
-
-template <typename Element>
-__device__ inline void store_chunk(Element* target, const Chunk<Element>& chunk, int count) {
-  if (count >= kChunk && is_16_byte_aligned(target)) {
-    *reinterpret_cast<Chunk<Element>*>(target) = chunk;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (i < count) target[i] = chunk.values[i];
-  }
 }
 
 template <typename Element>

@@ -29,21 +29,4 @@ std::tuple<at::Tensor, at::Tensor> dy_pass(Status& status, const at::Tensor& dy,
                                            double scaling,
                                            std::string_view activation, bool need_da, bool need_du);
 
-// (h [M, K], rstd [M], a [M, R], z = f(a) [M, R]), undefined where there is none, where write_h is false, where rstd is
-// given and where f is the identity. x [M, K], up [M, K] of swiglu; gain, in_scale [K] and down [R, K] in any float
-// dtype; a given rstd [M] float32 is used instead of computed; seed: 0-dim int64 on the GPU, none without dropout.
-// Compute capability 8.0 and newer.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prologue(
-    Status& status, std::string_view name, const at::Tensor& x, const OptionalTensor& up, const OptionalTensor& gain,
-    double eps, const OptionalTensor& in_scale, const OptionalTensor& rstd, const OptionalTensor& down,
-    std::string_view activation, const OptionalTensor& seed, double p, int64_t stream, bool write_h);
-
-// (dgain [K], din_scale [K]), undefined where not asked for; writes dx and dup [M, K] where given. dh [M, K] is
-// overwritten by rms_norm, and may be dx. da [M, R] with down, seed, p and stream: dh += mask (da D) / keep.
-std::tuple<at::Tensor, at::Tensor> prologue_backward(
-    Status& status, std::string_view name, at::Tensor& dh, const OptionalTensor& x, const OptionalTensor& up,
-    const OptionalTensor& gain, const OptionalTensor& in_scale, const OptionalTensor& rstd, const OptionalTensor& da,
-    const OptionalTensor& down, const OptionalTensor& seed, double p, int64_t stream, const OptionalTensor& dresidual,
-    const std::optional<at::Tensor>& dx, const std::optional<at::Tensor>& dup, bool need_dgain, bool need_din_scale);
-
 }  // namespace mmpeft::cuda

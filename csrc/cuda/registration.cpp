@@ -32,14 +32,10 @@ struct Op<entry> {
 TORCH_LIBRARY(mmpeft_fast_cuda, m) {
   m.def("lowrank_gemm_out(Tensor x, Tensor weight, Tensor? z, Tensor? u, float scaling, int[] num_outs, int[] ranks, bool transposed, Tensor? bias, Tensor? scale, Tensor? residual, Tensor(a!) out) -> (str, str)");
   m.def("dy_pass(Tensor dy, Tensor a, Tensor u, int[] num_outs, int[] ranks, float scaling, str activation, bool need_da, bool need_du) -> (Tensor, Tensor, str, str)");
-  m.def("prologue(str name, Tensor x, Tensor? up, Tensor? gain, float eps, Tensor? in_scale, Tensor? rstd, Tensor? down, str activation, Tensor? seed, float p, int stream, bool write_h) -> (Tensor, Tensor, Tensor, Tensor, str, str)");
-  m.def("prologue_backward(str name, Tensor(a!) dh, Tensor? x, Tensor? up, Tensor? gain, Tensor? in_scale, Tensor? rstd, Tensor? da, Tensor? down, Tensor? seed, float p, int stream, Tensor? dresidual, Tensor(b!)? dx, Tensor(c!)? dup, bool need_dgain, bool need_din_scale) -> (Tensor, Tensor, str, str)");
 }
 
 TORCH_LIBRARY_IMPL(mmpeft_fast_cuda, CompositeExplicitAutograd, m) {
   using namespace mmpeft::cuda;
   m.impl("lowrank_gemm_out", &Op<&lowrank_gemm_out>::run);
   m.impl("dy_pass", &Op<&dy_pass>::run);
-  m.impl("prologue", &Op<&prologue>::run);
-  m.impl("prologue_backward", &Op<&prologue_backward>::run);
 }

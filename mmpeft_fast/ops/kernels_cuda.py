@@ -1,4 +1,4 @@
-"""The kernel set with the extension's CUDA kernels (csrc/cuda) for GEMM, dy pass and prologues; the rest is Triton's.
+"""The kernel set with the extension's CUDA kernels (csrc/cuda) for GEMM and dy pass; the rest is Triton's.
 
 Every function hands the Triton provider's function a launcher of the same signature. What a CUDA kernel cannot take
 goes to the Triton kernel, with one log line a reason.
@@ -7,8 +7,6 @@ goes to the Triton kernel, with one log line a reason.
 from collections.abc import Sequence
 
 import torch
-from mmpeft_kernels import prologue as prologue_triton
-from mmpeft_kernels.prologue_backward import PrologueGrads as LaunchedGrads
 from mmpeft_kernels.segments import SegmentShape
 from torch import Tensor
 
@@ -22,6 +20,8 @@ from mmpeft_fast.ops.kernels_triton import (
     merge_prefix,
     post_branch,
     prefix_backward,
+    prologue,
+    prologue_backward,
 )
 from mmpeft_fast.ops.providers import log_fallback
 
@@ -86,53 +86,9 @@ def _launch_gemm(direction, x, weight, out, *, bias=None, residual=None, z=None,
     return out
 
 
-def _launch_prologue(
-    x, up=None, *, name, gain, eps, in_scale, down=None, p=0.0, seed=None, stream=0, write_h=True, h_out=None, tile=None
-):
-    if h_out is not None:
-        log_fallback("prologue", "cuda", "h in a wider buffer", "triton")
-        return prologue_triton.prologue(
-            x, up, name=name, gain=gain, eps=eps, in_scale=in_scale, down=down, p=p, seed=seed, stream=stream,
-            write_h=write_h, h_out=h_out, tile=tile,
-        )  # fmt: skip
-    changes = name != "none" or in_scale is not None
-    if not changes and down is None:
-        return x, None, None, None
-    h, rstd, a, _ = csrc.cuda_op(
-        "prologue", name, x, up, gain, eps, in_scale, None, down, "identity", seed if p > 0.0 else None, p, stream,
-        write_h and changes,
-    )  # fmt: skip
-    return (x if write_h and not changes else h), rstd, a, a
-
-
-def _launch_prologue_backward(
-    dh, x=None, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
-    stream=0, dresidual=None, need_dx=True, need_dup=True, need_dgain=False, need_din_scale=False, dx_out=None,
-    dup_out=None, tile=None,
-):  # fmt: skip
-    dx = (dh.new_empty(dh.shape) if dx_out is None else dx_out) if need_dx else None
-    needs_dup = need_dup and name == "swiglu"
-    dup = (dh.new_empty(dh.shape) if dup_out is None else dup_out) if needs_dup else None
-    dgain, din_scale = csrc.cuda_op(
-        "prologue_backward", name, dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, p,
-        stream, dresidual, dx, dup, need_dgain and name == "rms_norm", need_din_scale and in_scale is not None,
-    )  # fmt: skip
-    return LaunchedGrads(dx, dup, dgain, din_scale)
-
-
 def _launch_dy_pass(dy, a, u, *, segments, scaling, activation, need_da, need_du, tile=None):
     num_outs, ranks = ([getattr(segment, field) for segment in segments] for field in ("num_out", "rank"))
     return csrc.cuda_op("dy_pass", dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du)
-
-
-def prologue(*arguments, **options) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `kernels_torch.prologue`, by csrc/cuda/prologue.cu."""
-    return kernels_triton.prologue(*arguments, launch=_launch_prologue, **options)
-
-
-def prologue_backward(*arguments, **options):
-    """As `kernels_torch.prologue_backward`, by csrc/cuda/prologue_backward.cu; dD by Triton."""
-    return kernels_triton.prologue_backward(*arguments, launch=_launch_prologue_backward, **options)
 
 
 def lowrank_gemm(*arguments, **options) -> Tensor:

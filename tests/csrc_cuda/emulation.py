@@ -13,10 +13,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
-KERNELS = ("lowrank_gemm_sm90.cu", "dy_pass.cu", "prologue.cu", "prologue_backward.cu")
+KERNELS = ("lowrank_gemm_sm90.cu", "dy_pass.cu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "silu")
-PROLOGUES = ("none", "rms_norm", "swiglu")
 
 
 class Array(ctypes.Structure):
@@ -26,18 +25,6 @@ class Array(ctypes.Structure):
         ("rows", ctypes.c_int),
         ("cols", ctypes.c_int),
         ("stride", ctypes.c_int64),
-    )
-
-
-class InputArrays(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int),
-        *((name, Array) for name in ("x", "up", "gain", "in_scale", "down")),
-        ("seed", ctypes.c_void_p),
-        ("stream", ctypes.c_int),
-        ("threshold", ctypes.c_int),
-        ("inverse_keep", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("num_rows", "width", "rank", "dtype")),
     )
 
 
@@ -77,14 +64,6 @@ def build(folder: Path, toolkit_include: Path, *flags: str) -> ctypes.CDLL:
     # A CUDA build of torch brings the real runtime, whose functions of the same names would come first.
     subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *flags, "-o", "emulated.so", *objects], cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "emulated.so"))
-
-
-def threshold_of(p: float) -> int:
-    return round(p * 65536) - 32768
-
-
-def inverse_keep_of(p: float) -> float:
-    return 1.0 / (1.0 - round(p * 65536) / 65536)
 
 
 def _check(status: int) -> None:
@@ -128,55 +107,6 @@ class Kernels:
         )  # fmt: skip
         _check(status)
         return da, du
-
-    def _input(self, x, up, name, gain, in_scale, down, p, seed, stream, rank):
-        return InputArrays(
-            PROLOGUES.index(name), array(x), array(up), array(gain), array(in_scale), array(down),
-            None if p == 0.0 else seed.data_ptr(), stream, threshold_of(p), inverse_keep_of(p), *x.shape, rank,
-            DTYPES.index(x.dtype),
-        )  # fmt: skip
-
-    def prologue(
-        self, x, up=None, *, name="none", gain=None, eps=1e-6, in_scale=None, down=None, activation="identity", p=0.0,
-        seed=None, stream=0, rstd=None, write_h=True,
-    ):  # fmt: skip
-        """(h, rstd, a, z), each None where it is not written."""
-        rank = 0 if down is None else down.shape[0]
-        inputs = self._input(x, up, name, gain, in_scale, down, p, seed, stream, rank)
-        h = torch.full(x.shape, torch.nan, dtype=x.dtype) if write_h else None
-        new_rstd = torch.full(x.shape[:1], torch.nan) if name == "rms_norm" else None
-        a = torch.full((x.shape[0], rank), torch.nan, dtype=x.dtype) if rank else None
-        z = torch.full_like(a, torch.nan) if rank and activation != "identity" else None
-        status = self.library.run_prologue(
-            ctypes.byref(inputs), ctypes.c_float(eps), pointer(rstd), ACTIVATIONS.index(activation), pointer(h),
-            pointer(new_rstd), pointer(a), pointer(z),
-        )  # fmt: skip
-        _check(status)
-        return h, new_rstd, a, z
-
-    def prologue_backward(
-        self, dh, x, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
-        stream=0, dresidual=None, need_dx=True, need_dgain=False, need_din_scale=False, dx=None,
-    ):  # fmt: skip
-        """(dx, dup, dgain, din_scale), each None where it is not written; dh is overwritten by rms_norm."""
-        rank = 0 if da is None else da.shape[1]
-        inputs = self._input(x, up, name, gain, in_scale, down, p, seed, stream, rank)
-        dx = torch.full(x.shape, torch.nan, dtype=x.dtype) if need_dx and dx is None else dx
-        dup = torch.full(x.shape, torch.nan, dtype=x.dtype) if name == "swiglu" else None
-        dgain = torch.full_like(gain, torch.nan) if need_dgain else None
-        din_scale = torch.full_like(in_scale, torch.nan) if need_din_scale else None
-        arrays = [array(tensor) for tensor in (dh, da, dresidual, dx, dup)]
-        status = self.library.run_prologue_backward(
-            ctypes.byref(inputs), pointer(rstd), *(ctypes.byref(item) for item in arrays), pointer(dgain),
-            pointer(din_scale),
-        )  # fmt: skip
-        _check(status)
-        return dx, dup, dgain, din_scale
-
-    def dropped(self, seed: int, num_rows: int, num_cols: int, p: float, stream: int) -> torch.Tensor:
-        mask = torch.zeros(num_rows, num_cols, dtype=torch.bool)
-        self.library.run_dropped(ctypes.c_uint64(seed), stream, threshold_of(p), num_rows, num_cols, pointer(mask))
-        return mask
 
     def grouped_tile_visits(self, num_tiles_m: int, num_tiles_n: int) -> torch.Tensor:
         visits = torch.zeros(num_tiles_m, num_tiles_n, dtype=torch.int32)

@@ -61,34 +61,3 @@ class Kernels:
             need_du,
         )  # fmt: skip
         return on_cpu(grads)
-
-    def prologue(
-        self, x, up=None, *, name="none", gain=None, eps=1e-6, in_scale=None, down=None, activation="identity", p=0.0,
-        seed=None, stream=0, rstd=None, write_h=True,
-    ):  # fmt: skip
-        x, up, gain, in_scale, rstd, down, seed = map(
-            on_gpu, (x, up, gain, in_scale, rstd, down, seed if p > 0.0 else None)
-        )
-        h, new_rstd, a, z = csrc.cuda_op(
-            "prologue", name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h,
-        )  # fmt: skip
-        return on_cpu((h, new_rstd if rstd is None else rstd, a, z))
-
-    def prologue_backward(
-        self, dh, x, up=None, *, name="none", gain=None, rstd=None, in_scale=None, da=None, down=None, p=0.0, seed=None,
-        stream=0, dresidual=None, need_dx=True, need_dgain=False, need_din_scale=False, dx=None,
-    ):  # fmt: skip
-        if need_dx and dx is None:
-            dx = torch.full(x.shape, torch.nan, dtype=x.dtype)
-        gpu_dx = on_gpu(dx)
-        gpu_dup = torch.full(x.shape, torch.nan, dtype=x.dtype, device="cuda") if name == "swiglu" else None
-        dh, x, up, gain, in_scale, rstd, da, down, seed, dresidual = map(
-            on_gpu, (dh, x, up, gain, in_scale, rstd, da, down, seed if p > 0.0 else None, dresidual)
-        )
-        dgain, din_scale = csrc.cuda_op(
-            "prologue_backward", name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, gpu_dx,
-            gpu_dup, need_dgain, need_din_scale,
-        )  # fmt: skip
-        if dx is not None:
-            dx.copy_(gpu_dx)
-        return on_cpu((dx, gpu_dup, dgain, din_scale))

@@ -5,10 +5,7 @@ import pytest
 import torch
 
 from mmpeft_fast.ops.activations import ACTIVATIONS
-from mmpeft_fast.ops.dropout import dropped
-from mmpeft_fast.ops.prologue import prologue_ref
 from tests.closeness import assert_as_close_as_eager
-from tests.csrc_cuda.emulation import inverse_keep_of
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -172,99 +169,3 @@ def test_dy_pass_computes_only_what_is_asked(kernels):
     assert nothing is None and torch.equal(da, both[0])
     nothing, du = kernels.dy_pass(dy, a, u, num_outs=[24], ranks=[8], need_da=False)
     assert nothing is None and torch.equal(du, both[1])
-
-
-# Prologue -------------------------------------------------------------------------------------------------------------
-
-SEED = torch.tensor(0x0123456789ABCDEF)
-PROLOGUE_CASES = [
-    pytest.param("rms_norm", 18, 130, 0, 0.0, "identity", id="norm"),
-    pytest.param("rms_norm", 7, 264, 5, 0.25, "identity", id="norm-shrink"),
-    pytest.param("swiglu", 17, 33, 70, 0.5, "tanh", id="swiglu-shrink"),
-    pytest.param("swiglu", 3, 2056, 0, 0.0, "identity", id="swiglu-two-steps"),
-    pytest.param("none", 33, 129, 130, 0.1, "silu", id="two-rank-blocks"),
-    pytest.param("none", 1, 1, 1, 0.0, "identity", id="one-element"),
-]
-
-
-def prologue_inputs(name, num_rows, width, rank, dtype, *, wide_parameters: bool):
-    parameters = torch.float32 if wide_parameters else dtype
-    return {
-        "x": randn(num_rows, width, seed=0, dtype=dtype, pitch=width + 3),
-        "up": randn(num_rows, width, seed=1, dtype=dtype, pitch=padded(width)) if name == "swiglu" else None,
-        "gain": randn(width, seed=2, dtype=dtype).to(parameters) if name == "rms_norm" else None,
-        "in_scale": randn(width, seed=3, dtype=dtype).to(parameters),
-        "down": randn(rank, width, seed=4, dtype=dtype).to(parameters) if rank else None,
-    }
-
-
-def prologue_definition(name, inputs, p, dtype, *, eps=1e-5, stream=3):
-    """(h, a) in `dtype`, differentiable in every input."""
-    wide = {key: None if value is None else value.detach().to(dtype).requires_grad_() for key, value in inputs.items()}
-    tensors = (wide["x"],) if wide["up"] is None else (wide["x"], wide["up"])
-    h = prologue_ref(name, tensors, wide["gain"], eps, wide["in_scale"])
-    if wide["down"] is None:
-        return wide, h, None
-    mask = dropped(SEED, *h.shape, p, stream=stream)
-    return wide, h, (h.masked_fill(mask, 0.0) * inverse_keep_of(p)) @ wide["down"].T
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("wide_parameters", [False, True])
-@pytest.mark.parametrize(("name", "num_rows", "width", "rank", "p", "activation"), PROLOGUE_CASES)
-def test_prologue(kernels, name, num_rows, width, rank, p, activation, dtype, wide_parameters):
-    inputs = prologue_inputs(name, num_rows, width, rank, dtype, wide_parameters=wide_parameters)
-    options = {"name": name, "eps": 1e-5, "activation": activation, "p": p, "seed": SEED, "stream": 3}
-    h, rstd, a, z = kernels.prologue(**inputs, **options)
-    eager, truth = (prologue_definition(name, inputs, p, wide) for wide in (dtype, torch.float64))
-    assert_as_close_as_eager(h, eager[1], truth[1], "h")
-    if rank:
-        assert_as_close_as_eager(a, eager[2], truth[2], "a")
-    if z is not None:
-        assert torch.equal(z, ACTIVATIONS[activation].function(a.float()).to(dtype))
-    again = kernels.prologue(**inputs, **options, rstd=rstd, write_h=False)
-    assert again[0] is None
-    assert all(torch.equal(one, other) for one, other in zip((rstd, a, z), again[1:]) if one is not None)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("wide_parameters", [False, True])
-@pytest.mark.parametrize(("name", "num_rows", "width", "rank", "p", "activation"), PROLOGUE_CASES)
-def test_prologue_backward(kernels, name, num_rows, width, rank, p, activation, dtype, wide_parameters):
-    inputs = prologue_inputs(name, num_rows, width, rank, dtype, wide_parameters=wide_parameters)
-    rstd = kernels.prologue(**inputs, name=name, eps=1e-5, p=p, seed=SEED, stream=3)[1]
-    dh = randn(num_rows, width, seed=5, dtype=dtype, pitch=width + 1)
-    dresidual = randn(num_rows, width, seed=6, dtype=dtype, pitch=padded(width))
-    da = randn(num_rows, rank, seed=7, dtype=dtype) if rank else None
-    sums = rank > 0  # with and without sums over rows
-    into = torch.full((num_rows, width + 5), torch.nan, dtype=dtype)
-    dx, dup, dgain, din_scale = kernels.prologue_backward(
-        dh.clone(), **inputs, name=name, rstd=rstd, da=da, p=p, seed=SEED, stream=3, dresidual=dresidual,
-        need_dgain=sums and name == "rms_norm", need_din_scale=sums, dx=into[:, :width],
-    )  # fmt: skip
-    assert into[:, width:].isnan().all()
-
-    def definition(wide):
-        tensors, h, a = prologue_definition(name, inputs, p, wide)
-        outputs, grads = [h], [dh.to(wide)]
-        if a is not None:
-            outputs.append(a)
-            grads.append(da.to(wide))
-        torch.autograd.backward(outputs, grads)
-        return {
-            "dx": tensors["x"].grad + dresidual.to(wide),
-            "dup": None if dup is None else tensors["up"].grad,
-            "dgain": None if dgain is None else tensors["gain"].grad,
-            "din_scale": tensors["in_scale"].grad,
-        }
-
-    eager, truth = definition(dtype), definition(torch.float64)
-    for key, got in {"dx": dx, "dup": dup, "dgain": dgain, "din_scale": din_scale}.items():
-        if got is not None:
-            assert_as_close_as_eager(got, eager[key], truth[key], key)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 0x0123456789ABCDEF])
-@pytest.mark.parametrize(("p", "stream"), [(0.05, 0), (0.5, 7), (0.999, 2)])
-def test_dropout_bits(emulated, seed, p, stream):
-    assert torch.equal(emulated.dropped(seed, 5, 37, p, stream), dropped(torch.tensor(seed), 5, 37, p, stream=stream))

@@ -7,8 +7,6 @@
 #include "dy_pass.h"
 #include "hopper.cuh"
 #include "lowrank_gemm.h"
-#include "philox.h"
-#include "prologue.h"
 
 using namespace mmpeft::cuda;
 
@@ -100,71 +98,6 @@ int run_dy_pass(const Array* dy, const Array* a, const Array* u, const Array* da
   pass.da = da->data;
   pass.du = du->data;
   return launch_dy_pass(pass, nullptr);
-}
-
-struct InputArrays {
-  int kind;
-  Array x, up, gain, in_scale, down;
-  const int64_t* seed;
-  int stream, threshold;
-  float inverse_keep;
-  int num_rows, width, rank, dtype;
-};
-
-static PrologueInput input_of(const InputArrays& arrays) {
-  PrologueInput input = {};
-  input.dtype = static_cast<DType>(arrays.dtype);
-  input.kind = static_cast<PrologueKind>(arrays.kind);
-  input.x = arrays.x.data;
-  input.up = arrays.up.data;
-  input.stride_x = arrays.x.stride;
-  input.stride_up = arrays.up.stride;
-  input.gain = floats(arrays.gain);
-  input.in_scale = floats(arrays.in_scale);
-  input.down = floats(arrays.down);
-  input.dropout = {arrays.seed, arrays.stream, arrays.threshold, arrays.inverse_keep};
-  input.num_rows = arrays.num_rows;
-  input.width = arrays.width;
-  input.rank = arrays.rank;
-  return input;
-}
-
-int run_prologue(const InputArrays* arrays, float eps, const float* given_rstd, int activation, void* h, float* rstd,
-                 void* a, void* z) {
-  return launch_prologue({input_of(*arrays), eps, given_rstd, static_cast<Activation>(activation), h, rstd, a, z},
-                         nullptr);
-}
-
-int run_prologue_backward(const InputArrays* arrays, const float* rstd, const Array* dh, const Array* da,
-                          const Array* dresidual, const Array* dx, const Array* dup, void* dgain, void* din_scale) {
-  PrologueBackward backward = {};
-  backward.input = input_of(*arrays);
-  backward.rstd = rstd;
-  backward.dh = dh->data;
-  backward.da = da->data;
-  backward.dresidual = dresidual->data;
-  backward.stride_dh = dh->stride;
-  backward.stride_da = da->stride;
-  backward.stride_dresidual = dresidual->stride;
-  backward.stride_dx = dx->stride;
-  backward.stride_dup = dup->stride;
-  backward.dx = dx->data;
-  backward.dup = dup->data;
-  const size_t size = size_t(ceil_div(arrays->num_rows, kPrologueRows)) * arrays->width;
-  std::vector<float> dgain_partials(size, NAN), din_scale_partials(size, NAN);
-  backward.dgain_partials = dgain ? dgain_partials.data() : nullptr;
-  backward.din_scale_partials = din_scale ? din_scale_partials.data() : nullptr;
-  backward.dgain = dgain;
-  backward.din_scale = din_scale;
-  return launch_prologue_backward(backward, nullptr);
-}
-
-void run_dropped(uint64_t seed, int stream, int threshold, int num_rows, int num_cols, bool* mask) {
-  for (int row = 0; row < num_rows; ++row) {
-    for (int col = 0; col < num_cols; ++col) {
-      mask[int64_t(row) * num_cols + col] = is_dropped(dropout_lanes(seed, stream, row, col / 8), col % 8, threshold);
-    }
-  }
 }
 
 // How often each tile of a grid is visited when `num_programs` programs share it.

@@ -10,8 +10,6 @@ import pytest
 import torch
 from mmpeft_kernels import lowrank_gemm as gemm
 from mmpeft_kernels.dy_pass import dy_pass
-from mmpeft_kernels.prologue import prologue
-from mmpeft_kernels.prologue_backward import prologue_backward
 from mmpeft_kernels.segments import SegmentShape
 
 from mmpeft_fast import provider
@@ -40,32 +38,9 @@ def dy_pass_op(dy, a, u, num_outs, ranks, scaling, activation, need_da, need_du)
     return *grads, *FINE
 
 
-def prologue_op(name, x, up, gain, eps, in_scale, rstd, down, activation, seed, p, stream, write_h):
-    assert rstd is None and (seed is None) == (p == 0.0)
-    results = prologue(
-        x, up, name=name, gain=gain, eps=eps, in_scale=in_scale, down=down, activation=activation, p=p, seed=seed,
-        stream=stream, write_h=write_h,
-    )  # fmt: skip
-    return *results, *FINE
-
-
-def prologue_backward_op(
-    name, dh, x, up, gain, in_scale, rstd, da, down, seed, p, stream, dresidual, dx, dup, need_dgain, need_din_scale
-):
-    grads = prologue_backward(
-        dh, x, up, name=name, gain=gain, in_scale=in_scale, rstd=rstd, da=da, down=down, seed=seed, p=p, stream=stream,
-        dresidual=dresidual, dx_out=dx, dup_out=dup, need_dx=dx is not None, need_dup=dup is not None,
-        need_dgain=need_dgain, need_din_scale=need_din_scale,
-    )  # fmt: skip
-    return grads.dgain, grads.din_scale, *FINE
-
-
 @pytest.fixture
 def cuda_provider(monkeypatch):
-    ops = SimpleNamespace(
-        lowrank_gemm_out=lowrank_gemm_out, dy_pass=dy_pass_op, prologue=prologue_op,
-        prologue_backward=prologue_backward_op,
-    )  # fmt: skip
+    ops = SimpleNamespace(lowrank_gemm_out=lowrank_gemm_out, dy_pass=dy_pass_op)
     monkeypatch.setattr(csrc, "_cuda_ops", ops)
     monkeypatch.setattr(kernels_cuda, "unsupported", lambda x: None)
     monkeypatch.setattr(csrc, "why_no_cuda", lambda: None)
