@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mmpeft_fast import METHODS as ALL_METHODS
 from mmpeft_fast import fuse, is_fused, unfuse
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.stored.baseline import add_baseline
@@ -14,6 +15,7 @@ from tests.tiny_models import (
     family_method_cases,
     loss_and_grads,
     randomize_trainable,
+    small_settings,
     tiny_batch,
     tiny_model,
 )
@@ -30,9 +32,9 @@ METHODS = {
     "layernorm": ("layernorm", {}),
     "layernorm-simp": ("layernorm-simp", {"final": True}),
     "sharelora": ("sharelora", {"r": 4, "dropout": 0.0, "shared": "both"}),
-    "msplora": ("msplora", {"r": 8, "dropout": 0.0}),
 }
-HF_PEFT_HAS = ("lora", "ia3", "layernorm")
+METHODS |= {name: (name, small_settings(name)) for name in ALL_METHODS if name not in METHODS}
+HF_PEFT_HAS = ("lora", "ia3", "layernorm", "dora", "vera")
 MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CASES = family_method_cases(METHODS)
 

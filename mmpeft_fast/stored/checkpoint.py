@@ -109,7 +109,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
         for key, slot in carried.slots.items():
             slot.tensor.copy_(tensors[key].reshape(slot.tensor.shape))
             if isinstance(slot.tensor, nn.Parameter):
-                slot.tensor.requires_grad_(trainable)
+                slot.tensor.requires_grad_(trainable and slot.is_trained)
     mark_loaded(model, {slot.name for slot in carried.slots.values()})
     return model
 
@@ -207,7 +207,7 @@ def _computation(placement: Placement) -> tuple:
     branches = {
         role: [
             (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
-            + (branch.down_layers, branch.up_layers)
+            + (branch.down_layers, branch.up_layers, branch.projection_seed is None, branch.vectors is None)
             for branch in placement.branches_of(role)
         ]
         for role in placement.branches

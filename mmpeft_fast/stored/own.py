@@ -46,7 +46,7 @@ class OwnForm(Form):
             raise ValueError(f"{config.method}: has no setting {unknown[0]!r}")
         return kind(**{name: tupled(value) for name, value in config.settings.items()})
 
-    def runs_in_hf_peft(self, model, family):
+    def runs_in_hf_peft(self, method, model, family):
         return False
 
     def slots(self, method, model, family):

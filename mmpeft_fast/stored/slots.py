@@ -78,7 +78,7 @@ def drop_peft(module: nn.Module) -> None:
     """Turns a PeftLinear, or a norm with a widened gain, into what it was; its weight stays as it is. Anything else is
     left alone."""
     if isinstance(module, PeftLinear):
-        del module.branches, module.in_scale, module.out_scale
+        del module.branches, module.in_scale, module.out_scale, module.magnitude
         module.__class__ = module.plain
     elif isinstance(module, WideGain):
         module.__class__ = type(module)._swapped_from
