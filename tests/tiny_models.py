@@ -107,7 +107,7 @@ def tiny_batch(
         pixels = torch.randn(batch_size, max(_NUM_TILES[case] for case in cases), 3, 32, 32, generator=generator)
         batch["pixel_values"] = pixels.to(dtype)
         batch["image_sizes"] = torch.tensor([_TILED_SIZES[case] for case in cases])
-    elif family_name in ("llava", "qwen_vl"):
+    elif family_name in ("llava", "qwen_vl", "internvl"):
         batch["pixel_values"] = torch.randn(batch_size, 3, 64, 64, generator=generator).to(dtype)
     else:
         batch["image_grid_thw"] = torch.tensor([[1, 8, 8]] * batch_size)
@@ -117,7 +117,8 @@ def tiny_batch(
 
 
 def _image_token(family_name: str) -> str:
-    return "<image>" if family_name.startswith("llava") else "<imgpad>" if family_name == "qwen_vl" else "<|image_pad|>"
+    others = {"qwen_vl": "<imgpad>", "internvl": "<IMG_CONTEXT>"}
+    return "<image>" if family_name.startswith("llava") else others.get(family_name, "<|image_pad|>")
 
 
 def _image_tokens(family_name: str, batch_size: int) -> list[int]:
