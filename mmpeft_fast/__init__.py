@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 # Names are imported on first use, so that the command line's --help does not wait for torch.
 _HOMES = {
+    "average_peft": "stored.average",
     "add_peft": "peft_model",
     "FuseCallback": "hf_trainer",
     "as_unfused": "verify",
