@@ -29,6 +29,8 @@ class BranchPlacement:
         with this seed (Kaiming-uniform, gain sqrt 2); each linear takes the first columns of D, the first rows of U.
     vectors: the branch is `scaling * l_b * U f(l_d * D drop(.))` with trained l_d [R], which begins at this value, and
         l_b [N], which begins at zero; None: without them.
+    experts: so many blocks of neighbouring ranks are weighted by a softmax over them of G e, with a trained G
+        [experts, width] and the embedding e of the sample's task (`Placement.tasks`); 0: none is.
     """
 
     position: str
@@ -43,6 +45,7 @@ class BranchPlacement:
     frozen: tuple[str, ...] = ()
     projection_seed: int | None = None
     vectors: float | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,14 @@ class PrefixPlacement:
     num_virtual_tokens: int
     projection: bool = False
     projection_width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPlacement:
+    """A trained embedding [num_tasks, width] of what a sample is for, which branches with experts read."""
+
+    num_tasks: int
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,7 @@ class Placement:
     branches: Mapping[str, BranchPlacement | tuple[BranchPlacement, ...]] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
     prefix: PrefixPlacement | None = None
+    tasks: TaskPlacement | None = None
     gains: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ _FEW_METHODS = ("lora", "ia3", "prefix")
 # The papers' methods run in every family; what is made of the same parts in one of text and one of images.
 _PAPERS_METHODS = ("lora", "ia3", "adapter", "prefix", "layernorm", "layernorm-simp")
 _OTHERS_FAMILIES = ("llama", "qwen2_vl")
-_SMALL = {"r": 4, "alpha": 8, "bottleneck": 4, "num_virtual_tokens": 3}
+_SMALL = {"r": 4, "alpha": 8, "bottleneck": 4, "num_virtual_tokens": 3, "experts": 2}
 # Pixels [height, width] of the samples' images where a family tiles them, the tiles of each and the tokens they become.
 _TILED_SIZES = ((64, 64), (40, 64), (32, 32))
 _NUM_TILES = (5, 5, 3)
@@ -145,6 +145,14 @@ def loss_and_grads(model, batch):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def judged_together(grads):
+    """Gradients by name, those of routers as one: a gate of few experts leaves each a multiple of one vector, whose
+    error is a single draw."""
+    routers = sorted(name for name in grads if name.endswith(".router"))
+    others = {name: grad for name, grad in grads.items() if name not in routers}
+    return others | ({"routers": torch.cat([grads[name] for name in routers])} if routers else {})
 
 
 def materialize_fake(model: nn.Module) -> None:

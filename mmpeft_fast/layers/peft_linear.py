@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mmpeft_fast.layers.tasks import TaskGate
 from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype
 from mmpeft_fast.ops.row_norms import row_norms
 from mmpeft_fast.ops.segments import Branch, Segment
@@ -26,6 +27,7 @@ class Bottleneck(nn.Module):
         dtype, device: of the parameters.
         shared: takes `down` and `up` of this one, which may be wider: the first K columns and N rows are used.
         widths: (K, N) of `down` and `up` themselves, where they are wider.
+        task_gate: what weights the experts, where the placement has some, by `router` [experts, width].
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Bottleneck(nn.Module):
         device: torch.device,
         shared: "Bottleneck | None" = None,
         widths: tuple[int, int] | None = None,
+        task_gate: TaskGate | None = None,
     ):
         super().__init__()
         self.placement, self.in_features, self.out_features = placement, in_features, out_features
@@ -53,6 +56,11 @@ class Bottleneck(nn.Module):
         if placement.vectors is not None:
             self.inner = nn.Parameter(torch.full((placement.rank,), placement.vectors, **options))
             self.outer = nn.Parameter(torch.zeros(out_features, **options))
+        self.router, self.task_gate = None, task_gate
+        if placement.experts:
+            width = task_gate.tasks.embedding.embedding_dim
+            self.router = nn.Parameter(torch.empty(placement.experts, width, **options))
+            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         for name in placement.frozen:
             getattr(self, name).requires_grad_(False)
 
@@ -77,8 +85,14 @@ class Bottleneck(nn.Module):
         a = kept @ self.down[:, : self.in_features].to(h.dtype).t()
         a = a if self.inner is None else a * self.inner.to(h.dtype)
         z = ACTIVATIONS[self.placement.activation].function(a)
+        if self.router is not None:
+            z = (z.unflatten(-1, (self.placement.experts, -1)) * self.gate()[..., None]).flatten(-2).to(z.dtype)
         y = self.placement.scaling * (z @ self.up[: self.out_features].to(h.dtype).t())
         return y if self.outer is None else y * self.outer.to(h.dtype)
+
+    def gate(self) -> Tensor | None:
+        """The experts' weights in this call [B or 1, 1, experts]."""
+        return None if self.router is None else self.task_gate(self.router)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """D [R, K] and U [N, R] as they are multiplied: the parameters, or made of them."""
@@ -93,7 +107,8 @@ class Bottleneck(nn.Module):
         """This branch as the fused op takes it; dropout only while training."""
         place = self.placement
         dropout = place.dropout if self.training else 0.0
-        return Branch(*self.matrices(), place.scaling, place.activation, place.position, dropout, place.stream)
+        how = place.scaling, place.activation, place.position, dropout, place.stream
+        return Branch(*self.matrices(), *how, self.gate())
 
     def extra_repr(self) -> str:
         place = self.placement
@@ -135,11 +150,11 @@ class PeftLinear(nn.Linear):
         for name in ("in_scale", "out_scale", "magnitude"):
             self.register_parameter(name, None)
 
-    def add_branch(self, placement: BranchPlacement, **shared) -> Bottleneck:
-        """shared: as `Bottleneck` takes it."""
+    def add_branch(self, placement: BranchPlacement, **around) -> Bottleneck:
+        """around: what the branch shares with others, as `Bottleneck` takes it."""
         in_features = self.out_features if placement.position == "post" else self.in_features
         out_features = self.in_features if placement.position == "pre" else self.out_features
-        branch = Bottleneck(in_features, out_features, placement, **self._like(), **shared)
+        branch = Bottleneck(in_features, out_features, placement, **self._like(), **around)
         self.branches.append(branch.train(self.training))
         return branch
 

@@ -13,6 +13,7 @@ from mmpeft_fast.methods.layernorm import LayerNorm
 from mmpeft_fast.methods.lora import LoRA
 from mmpeft_fast.methods.lorafa import LoRAFA
 from mmpeft_fast.methods.method import Method
+from mmpeft_fast.methods.moelora import MOELoRA
 from mmpeft_fast.methods.msplora import MSPLoRA
 from mmpeft_fast.methods.prefix import Prefix
 from mmpeft_fast.methods.sharelora import ShareLoRA
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dora": DoRA,
     "lora-fa": LoRAFA,
     "vera": VeRA,
+    "moelora": MOELoRA,
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "LayerNorm",
     "LoRA",
     "LoRAFA",
+    "MOELoRA",
     "MSPLoRA",
     "Method",
     "Prefix",

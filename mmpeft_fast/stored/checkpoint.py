@@ -208,12 +208,18 @@ def _computation(placement: Placement) -> tuple:
     branches = {
         role: [
             (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
-            + (branch.down_layers, branch.up_layers, branch.projection_seed is None, branch.vectors is None)
+            + (
+                branch.down_layers,
+                branch.up_layers,
+                branch.projection_seed is None,
+                branch.vectors is None,
+                branch.experts,
+            )
             for branch in placement.branches_of(role)
         ]
         for role in placement.branches
     }
-    return branches, dict(placement.scales), placement.prefix, set(placement.gains)
+    return branches, dict(placement.scales), placement.prefix, placement.tasks, set(placement.gains)
 
 
 def _check_tensors(tensors: dict[str, Tensor], slots: dict[str, Slot], folder: Path) -> None:

@@ -13,6 +13,8 @@ from mmpeft_fast.placement import LINEAR_ROLES, NORM_ROLES, Placement
 
 OTHERWISE = "PeftModel.from_pretrained and fuse take it as it is"
 
+# What a method puts on the decoder beside its linear layers.
+ATTACHED = ("prefix_encoder", "task_embedding")
 # What is read of a configuration, and as what; every other field must have its default.
 NAMES = list[str] | str | None
 DESCRIPTION = {
@@ -114,8 +116,8 @@ class Form:
                         place, is_trained = f"{name}.branches.{i}.{short}", short not in branch.placement.frozen
                         slot = Slot.of(place, getattr(branch, short), is_trained=is_trained)
                         found[f"{self.root}{name}.{key}.weight"] = slot
-                    if branch.inner is not None:
-                        for short in ("inner", "outer"):
+                    for short in ("inner", "outer", "router"):
+                        if getattr(branch, short) is not None:
                             place = f"{name}.branches.{i}.{short}"
                             found[self.root + place] = Slot.of(place, getattr(branch, short))
                 if linear.magnitude is not None:

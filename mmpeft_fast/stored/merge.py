@@ -124,6 +124,8 @@ def _check_foldable(name: str, branch: nn.Module) -> None:
             f"merge_peft: {name} has a branch that cannot be merged: {placement.activation} makes it nonlinear; "
             "expected activation 'identity'"
         )
+    if placement.experts:
+        raise ValueError(f"merge_peft: {name} has a branch that cannot be merged: a sample's task weights its experts")
     if placement.position != "parallel":
         raise ValueError(
             f"merge_peft: {name} has a branch that cannot be merged: its position is {placement.position!r}; "

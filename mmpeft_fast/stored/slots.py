@@ -12,7 +12,7 @@ from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, base_model, family_of
 from mmpeft_fast.peft_model import unfuse
 from mmpeft_fast.placement import PARTS
-from mmpeft_fast.stored.form import Slot
+from mmpeft_fast.stored.form import ATTACHED, Slot
 from mmpeft_fast.stored.forms import form_of
 from mmpeft_fast.stored.hf_config import meta_twin, part_names, part_parameters, parts_with
 
@@ -62,8 +62,9 @@ def bare_twin(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         drop_peft(module)
     decoder = family_of(twin).decoder_of(twin)
-    if hasattr(decoder, "prefix_encoder"):
-        del decoder.prefix_encoder
+    for attached in ATTACHED:
+        if hasattr(decoder, attached):
+            delattr(decoder, attached)
     forget_method(twin)
     return twin
 
