@@ -55,8 +55,9 @@ def inputs(args) -> dict[str, torch.Tensor]:
 
 
 def settings(args, method: str) -> dict:
-    rank = {"lora": {"r": args.r, "alpha": 2 * args.r}, "adapter": {"bottleneck": args.r}}.get(method, {})
-    return rank | ({"dropout": args.dropout} if method in ("lora", "adapter") else {})
+    known = vars(make_method(method))
+    wanted = {"r": args.r, "alpha": 2 * args.r, "bottleneck": args.r, "dropout": args.dropout}
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def implementations(args, method: str) -> dict:

@@ -1,4 +1,5 @@
-"""The command line: `mmpeft-fast study | train | plan | profile | bench | doctor`, also as `python -m mmpeft_fast`.
+"""The command line: `mmpeft-fast study | train | plan | profile | average | bench | doctor`,
+also as `python -m mmpeft_fast`.
 
 Every sub-command lives in a module with `add_arguments(parser)` and `run(args) -> int`, imported only when called.
 """
@@ -18,6 +19,7 @@ COMMANDS = {
     "train": ("mmpeft_fast.train.command", "fine-tune a multimodal LLM on your own conversations"),
     "plan": ("mmpeft_fast.plan.command", "predict time and memory of a training step, without weights or a device"),
     "profile": ("mmpeft_fast.profiling.command", "run real steps and show where their time and memory go"),
+    "average": ("mmpeft_fast.stored.average", "average adapters that were trained apart (federated averaging)"),
     "bench": ("mmpeft_fast.benchmarks", "measure implementations side by side, compare runs, write a report"),
     "doctor": ("mmpeft_fast.doctor", "show versions, devices, and which provider runs each op and why"),
 }

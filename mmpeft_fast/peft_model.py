@@ -18,11 +18,12 @@ from mmpeft_fast.layers.class_swap import check_restorable, is_swapped, own_clas
 from mmpeft_fast.layers.decoder import FusedDecoderLayer, FusedRMSNorm
 from mmpeft_fast.layers.graphless import Graphless
 from mmpeft_fast.layers.graphs import LayerGraphs
-from mmpeft_fast.layers.peft_linear import PeftLinear, can_carry
+from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear, can_carry
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.shared_contexts import SharedContexts
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
+from mmpeft_fast.layers.tasks import TaskEmbedding, TaskGate, attach_tasks
 from mmpeft_fast.methods import Method, make_method
 from mmpeft_fast.models import Family, base_model, family_of
 from mmpeft_fast.placement import BranchPlacement, Placement
@@ -111,9 +112,11 @@ def add_peft(model: nn.Module, method: Method, *, train_connector: bool = False)
     parts = set(placement.parts) | ({"connector"} if train_connector else set())
     check_trainable(model, family, parts)
     model.requires_grad_(False)
-    for role in placement.branches:
-        for branch in placement.branches_of(role):
-            _add_branch(sites[role], branch)
+    task_gate = None
+    if placement.tasks is not None:
+        tasks = TaskEmbedding(placement.tasks, like=paths.norm_of(decoder).weight)
+        task_gate = attach_tasks(model, decoder, tasks)
+    _add_branches(sites, placement, task_gate)
     for role, where in placement.scales.items():
         for linear in sites[role]:
             PeftLinear.convert(linear).add_scale(where)
@@ -173,9 +176,25 @@ def check_trainable(model: nn.Module, family: Family, parts: set[str]) -> None:
                 )
 
 
-def _add_branch(linears: list[nn.Linear], branch: BranchPlacement) -> None:
-    """A branch on each layer's linear of one role; tied ones are one parameter in several places."""
-    added = [PeftLinear.convert(linear).add_branch(branch) for linear in linears]
+def _add_branches(sites: Mapping[str, list[nn.Linear]], placement: Placement, task_gate: TaskGate | None) -> None:
+    """The branches of every role; tied ones are one parameter in several places."""
+    sizes = [(each.in_features, each.out_features) for role in placement.branches for each in sites[role]]
+    widths = tuple(map(max, zip(*sizes, strict=True)))
+    pairs: dict[tuple[int, int], Bottleneck] = {}  # of all roles, by rank and seed
+    for role in placement.branches:
+        for branch in placement.branches_of(role):
+            if branch.projection_seed is None:
+                _add_branch(sites[role], branch, task_gate if branch.experts else None)
+                continue
+            for linear in sites[role]:
+                key = branch.rank, branch.projection_seed
+                added = PeftLinear.convert(linear).add_branch(branch, shared=pairs.get(key), widths=widths)
+                pairs.setdefault(key, added)
+
+
+def _add_branch(linears: list[nn.Linear], branch: BranchPlacement, task_gate: TaskGate | None) -> None:
+    """A branch on each layer's linear of one role."""
+    added = [PeftLinear.convert(linear).add_branch(branch, task_gate=task_gate) for linear in linears]
     for name, shared in (("down", branch.down_layers), ("up", branch.up_layers)):
         count = shared or len(added)
         for idx, each in enumerate(added):

@@ -132,11 +132,17 @@ class PeftLinear4bit(PeftLinear, Linear4bit):
 
     plain = Linear4bit
 
+    def dense_weight(self):
+        return FourBit(self).dense(torch.float32)
+
 
 class PeftLinear8bit(PeftLinear, Linear8bitLt):
     """A PeftLinear on an 8-bit layer."""
 
     plain = Linear8bitLt
+
+    def dense_weight(self):
+        return EightBit(self).dense(torch.float32)
 
 
 _READERS = {_FOUR_BIT: _read_4bit, _EIGHT_BIT: _read_8bit, "lora_linear": read_lora, "ia3_linear": read_ia3}

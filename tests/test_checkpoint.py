@@ -6,11 +6,25 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, VeraConfig, get_peft_model
 from peft import get_peft_model_state_dict as hf_tensors
 from safetensors.torch import load_file, save_file
 
-from mmpeft_fast import IA3, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, is_fused, load_peft, save_peft
+from mmpeft_fast import (
+    IA3,
+    Adapter,
+    DoRA,
+    LayerNorm,
+    LoRA,
+    LoRAFA,
+    Prefix,
+    VeRA,
+    add_peft,
+    fuse,
+    is_fused,
+    load_peft,
+    save_peft,
+)
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.hf_config import hf_config, method_of
 from mmpeft_fast.stored.slots import read_carried
@@ -20,6 +34,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = {
     "lora": LoRA(r=4, alpha=9, dropout=0.0, targets="attention"),
     "lora-rank-stabilized": LoRA(r=3, alpha=5, dropout=0.0, targets=("o", "gate"), rank_stabilized=True),
+    "lora-fa": LoRAFA(r=4, alpha=8, dropout=0.0, targets=("o", "up")),
+    "dora": DoRA(r=4, alpha=8, targets="both"),
+    "vera": VeRA(r=4, targets="both", projection_seed=3, d_initial=0.2),
     "ia3": IA3(targets=("o", "down")),
     "prefix": Prefix(num_virtual_tokens=5),
     "prefix-projection": Prefix(num_virtual_tokens=5, projection=True, projection_width=7),
@@ -82,7 +99,8 @@ def test_we_load_hf_pefts(family, name, train_connector, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_peft(tiny_model(family, num_layers=1), tmp_path)
     torch.testing.assert_close(loss_of(loaded, family), loss_of(model, family))
-    if name != "prefix-projection":  # of which HF PEFT keeps the materialised prefix
+    # Of a projected prefix HF PEFT keeps the materialised one, and LoRA-FA is a LoRA to it.
+    if name not in ("prefix-projection", "lora-fa"):
         sizes = [sum(parameter.numel() for parameter in trained(each).values()) for each in (model, loaded)]
         assert sizes[0] == sizes[1]
     save_peft(loaded, tmp_path / "again")
@@ -207,7 +225,7 @@ def test_what_add_peft_has_put_on_a_model_is_read_back(method):
     model = tiny_model("qwen2_vl", num_layers=1)
     read = read_carried(add_peft(model, method))
     assert read.method == method and read.parts == ()
-    assert {slot.name for slot in read.slots.values()} == trained(model).keys()
+    assert {slot.name for slot in read.slots.values() if slot.is_trained} == trained(model).keys()
 
 
 # PeftModels
@@ -305,7 +323,8 @@ def test_parts_named_by_their_modules():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (LoraConfig(target_modules=["o_proj"], use_dora=True), "add_peft has no use_dora=True; PeftModel.from_pretrai"),
+        (LoraConfig(target_modules=["o_proj"], use_qalora=True), "add_peft has no use_qalora=True; PeftModel.from_pre"),
+        (VeraConfig(target_modules=["o_proj"], save_projection=False), "add_peft has no save_projection=False"),
         (LoraConfig(target_modules=["o_proj"], bias="all"), "no bias='all'"),
         (LoraConfig(target_modules=["o_proj"], rank_pattern={"o_proj": 2}), "no rank_pattern={'o_proj': 2}"),
         (LoraConfig(target_modules=["o_proj"], alpha_pattern={"o_proj": 2}), "no alpha_pattern"),

@@ -15,13 +15,12 @@ from mmpeft_fast.ops.attention import attention, attention_ref
 from mmpeft_fast.ops.documents_attention import documents_backward, documents_forward
 from mmpeft_fast.small_batches import documents_batch
 from tests.closeness import assert_as_close_as_eager
-from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_model
+from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, small_settings, tiny_model
 
 FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_vl")
 TREE = Documents(
     (((9, -1), (4, 0), (3, 1), (5, 0), (6, -1)), ((7, -1), (6, 0), (0, 0), (4, 0), (1, -1)), ((5, -1),), ())
 )
-SETTINGS = {name: {"dropout": 0.0} for name in ("lora", "adapter", "sharelora", "msplora")}
 
 
 def random_documents(seed: int, rows: int = 3) -> tuple[Documents, int]:
@@ -173,7 +172,7 @@ def assert_same(fused, loss, model, expected):
 def test_models(family, method, monkeypatch):
     """Loss and every gradient against a dense mask on the unfused model; no mask is made for the fused one but for the
     few rows of the last layer."""
-    model = add_peft(tiny_model(family).train(), make_method(method, **SETTINGS.get(method, {})))
+    model = add_peft(tiny_model(family).train(), make_method(method, **small_settings(method)))
     randomize_trainable(model)
     model = model.double()
     fused = fuse(copy.deepcopy(model))

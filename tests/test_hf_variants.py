@@ -4,11 +4,24 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from mmpeft_fast import compare, fuse, fuse_report, merge_peft, provider, saved_bytes, unfuse
+from mmpeft_fast import (
+    DoRA,
+    add_peft,
+    compare,
+    fuse,
+    fuse_report,
+    merge_peft,
+    provider,
+    save_peft,
+    saved_bytes,
+    unfuse,
+)
+from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.row_norms import row_norms
+from mmpeft_fast.ops.segments import Branch, Segment
 from tests.closeness import assert_as_close_as_eager, assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
@@ -81,6 +94,45 @@ def test_row_norms(scaling):
     assert_same_in_double(row_norms(weight, down, up, scaling), (weight + scaling * up @ down).norm(dim=1))
     gone = row_norms(scaling * up @ down, down, -up, scaling)
     assert (gone >= 0).all() and gone.max() < 1e-6
+
+
+def test_gradients_of_a_magnitude():
+    """Numerically, around norms that stand still: autograd and the op take them for constants."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (2, 4), (5, 2), (5,))]
+    norms = row_norms(weight, tensors[1].detach(), tensors[2].detach(), 0.5)
+
+    def directed(x, down, up, magnitude):
+        direction = magnitude / norms
+        segment = Segment(weight, bias / direction, (Branch(down, up, 0.5),), direction)
+        return fused_linear(x, [segment])
+
+    def defined(x, down, up, magnitude):
+        return magnitude / norms * (x @ weight.t() + 0.5 * x @ down.t() @ up.t()) + bias
+
+    assert_same_in_double(directed(*tensors), defined(*tensors))
+    assert torch.autograd.gradcheck(directed, tensors)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_our_dora_is_hf_pefts(family, tmp_path):
+    """Loss and every gradient of HF PEFT's model that was loaded from our folder."""
+    model = add_peft(tiny_model(family, dtype=torch.float64), DoRA(r=4, alpha=8))
+    randomize_trainable(model)
+    model, batch = model.double().train(), tiny_batch(family)
+    save_peft(model, tmp_path)
+    plain = tiny_model(family, dtype=torch.float64)
+    judge = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True, autocast_adapter_dtype=False).train()
+    expected, expected_grads = loss_and_grads(judge, batch)
+    loss, grads = loss_and_grads(fuse(model, strict=True), batch)
+    assert_same_in_double(loss, expected)
+    names = {"lora_A.default.weight": "branches.0.down", "lora_B.default.weight": "branches.0.up"}
+    names["lora_magnitude_vector.default.weight"] = "magnitude"
+    for name, grad in expected_grads.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        assert_same_in_double(grads[name.removeprefix("base_model.model.")], grad, name)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_vl"])  # without a bias on q, k, v, and with one

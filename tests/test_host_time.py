@@ -6,8 +6,8 @@ import triton
 from bench import host, step
 from mmpeft_fast import METHODS, add_peft, fuse, make_method
 from mmpeft_fast.ops import tape
+from tests.tiny_models import small_settings
 
-SETTINGS = {"lora": {"r": 4, "dropout": 0.1}, "adapter": {"bottleneck": 8, "dropout": 0.1}}
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is launched")
 
 
@@ -25,7 +25,7 @@ def test_every_call_of_a_step_is_taped(method):
     args = step.parse([*small.split(), "--dtype", "bf16"])
     counts = []
     with host.stub_gpu() as stub:
-        model = fuse(add_peft(step.decoder(args), make_method(method, **SETTINGS.get(method, {})))).train()
+        model = fuse(add_peft(step.decoder(args), make_method(method, **small_settings(method, dropout=0.1)))).train()
         batch = step.inputs(args)
         for _ in range(4):
             before = stub.launches

@@ -31,7 +31,7 @@ SHARED = {
 
 # part -> the parts it may import, itself and SHARED aside. A part is a sub-package or a module of mmpeft_fast.
 ALLOWED = {
-    "cli": {"study", "plan", "profiling", "train", "doctor", "benchmarks", "version", "plugins"},
+    "cli": {"study", "plan", "profiling", "train", "stored", "doctor", "benchmarks", "version", "plugins"},
     "__main__": {"cli"},
     "study": {"plan", "doctor", "train", "data", "plugins"} | PEFT_MODEL | CORE,
     "plan": {"doctor", "train", "data"} | PEFT_MODEL | CORE,

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from mmpeft_fast import IA3, Adapter, LayerNorm, LoRA, Prefix, add_peft, fuse, is_fused, merge_peft
+from mmpeft_fast import IA3, Adapter, DoRA, LayerNorm, LoRA, Prefix, VeRA, add_peft, fuse, is_fused, merge_peft
 from mmpeft_fast.layers.class_swap import is_swapped
 from mmpeft_fast.stored.baseline import add_baseline
 from tests.closeness import assert_as_close_as_eager, assert_exact
@@ -16,6 +16,8 @@ from tests.tiny_models import randomize_trainable, tiny_batch, tiny_model
 METHODS = {
     "lora": LoRA(r=4, alpha=9, dropout=0.3, targets="both"),
     "lora-rank-stabilized": LoRA(r=3, alpha=5, targets=("o", "gate"), rank_stabilized=True),
+    "dora": DoRA(r=4, alpha=9, targets=("o", "gate", "down")),
+    "vera": VeRA(r=5, targets=("o", "gate")),
     "ia3": IA3(targets=("k", "gate", "down")),
     "layernorm": LayerNorm(final=True, head=True),
 }
@@ -92,6 +94,13 @@ def test_half_precision_weights_are_rounded_once(name, by):
     for key, value in merged.state_dict().items():
         assert value.dtype == torch.bfloat16
         assert_as_close_as_eager(value, truth[key].bfloat16(), truth[key], key)
+
+
+def test_a_magnitude_leaves_the_bias():
+    """On q, k and v, which have one: HF PEFT's form of it is refused there."""
+    model = tuned("qwen2_vl", DoRA(r=4, alpha=9))
+    expected = logits(model, "qwen2_vl")
+    assert_exact(logits(merge_peft(model), "qwen2_vl"), expected)
 
 
 def test_sums_are_formed_in_float32():

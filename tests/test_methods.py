@@ -123,6 +123,8 @@ def test_only_the_method_is_trained(name):
     marks = {
         "lora": ("branches",), "adapter": ("branches",), "ia3": ("_scale",), "prefix": ("prefix_encoder",),
         "layernorm-simp": ("layernorm",), "layernorm": ("layernorm", "merger", "embed_tokens", "lm_head"),
+        "dora": ("branches", "magnitude"), "lora-fa": (".up",), "vera": (".inner", ".outer"),
+        "moelora": ("branches", "task_embedding"),
     }.get(name, ("branches",))  # fmt: skip
     assert trained and all(any(mark in n for mark in marks) for n in trained)
     assert all(any(mark in n for n in trained) for mark in marks)

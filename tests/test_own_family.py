@@ -85,9 +85,13 @@ INTERNVL = Family(
 
 @pytest.fixture
 def registered():
+    """In the place of the package's own InternVL, which this one knows nothing of."""
+    before = dict(FAMILIES)
+    del FAMILIES["internvl"]
     register_family(INTERNVL)
     yield
-    del FAMILIES["internvl"]
+    FAMILIES.clear()
+    FAMILIES.update(before)
 
 
 def tiny(dtype=torch.float64):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mmpeft_fast import METHODS as ALL_METHODS
 from mmpeft_fast import fuse, is_fused, unfuse
 from mmpeft_fast.peft_model import study_method
 from mmpeft_fast.stored.baseline import add_baseline
@@ -12,8 +13,10 @@ from tests.closeness import assert_as_close_as_eager
 from tests.tiny_models import (
     TEXT_FAMILIES,
     family_method_cases,
+    judged_together,
     loss_and_grads,
     randomize_trainable,
+    small_settings,
     tiny_batch,
     tiny_model,
 )
@@ -30,9 +33,9 @@ METHODS = {
     "layernorm": ("layernorm", {}),
     "layernorm-simp": ("layernorm-simp", {"final": True}),
     "sharelora": ("sharelora", {"r": 4, "dropout": 0.0, "shared": "both"}),
-    "msplora": ("msplora", {"r": 8, "dropout": 0.0}),
 }
-HF_PEFT_HAS = ("lora", "ia3", "layernorm")
+METHODS |= {name: (name, small_settings(name)) for name in ALL_METHODS if name not in METHODS}
+HF_PEFT_HAS = ("lora", "ia3", "layernorm", "dora", "vera")
 MROPE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CASES = family_method_cases(METHODS)
 
@@ -58,8 +61,9 @@ def assert_same_training_step(model, batch, *, strict=True):
     assert_as_close_as_eager(fused[0], eager[0], truth[0], "loss")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert set(fused[1]) == set(eager[1]) == trained
-    for name in sorted(trained):
-        assert_as_close_as_eager(fused[1][name], eager[1][name], truth[1][name], name)
+    fused, eager, truth = (judged_together(grads) for _, grads in (fused, eager, truth))
+    for name in sorted(truth):
+        assert_as_close_as_eager(fused[name], eager[name], truth[name], name)
 
 
 @pytest.mark.parametrize("family, method", CASES)

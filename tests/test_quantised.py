@@ -18,7 +18,7 @@ from mmpeft_fast.ops.segments import Branch, Segment
 from mmpeft_fast.stored.baseline import add_baseline
 from mmpeft_fast.stored.checkpoint import load_peft, save_peft
 from tests.closeness import assert_same_in_double
-from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
+from tests.tiny_models import loss_and_grads, randomize_trainable, small_settings, tiny_batch, tiny_model
 
 bnb = pytest.importorskip("bitsandbytes")
 from mmpeft_fast.quantised import FORMATS, quantise  # noqa: E402
@@ -29,17 +29,13 @@ IA3 = IA3Config(target_modules=r".*\.(k|v|down)_proj", feedforward_modules=r".*\
 
 def model_of(kind: str, *, family: str = "llama", dtype=torch.float32, config=LORA, method=None, **options):
     model = quantise(tiny_model(family, dtype=dtype), kind, **{"compute_dtype": torch.float32, **options})
-    model = get_peft_model(model, config) if method is None else add_peft(model, make_method(method, **SMALL[method]))
+    model = get_peft_model(model, config) if method is None else add_peft(model, small_method(method))
     randomize_trainable(model)
     return model.train()
 
 
-SMALL = {name: {} for name in METHODS} | {
-    "lora": {"r": 3, "alpha": 3.0, "dropout": 0.0},
-    "adapter": {"bottleneck": 3, "dropout": 0.0},
-    "prefix": {"num_virtual_tokens": 3},
-    **{name: {"r": 4, "dropout": 0.0} for name in ("sharelora", "msplora")},
-}
+def small_method(name: str):
+    return make_method(name, **small_settings(name))
 
 
 def assert_fused_as_unfused(model: nn.Module, batch: dict) -> nn.Module:

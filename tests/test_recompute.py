@@ -9,20 +9,21 @@ from mmpeft_fast import METHODS, add_peft, cli, fuse, fuse_report, make_method, 
 from mmpeft_fast.ops.fused_linear import fused_linear
 from mmpeft_fast.ops.segments import Branch, Segment
 from mmpeft_fast.peft_model import RECOMPUTE
-from tests.tiny_models import TEXT_FAMILIES, loss_and_grads, randomize_trainable, tiny_batch, tiny_model
-
-SMALL = {
-    "lora": {"r": 3, "dropout": 0.1},
-    "adapter": {"bottleneck": 3, "dropout": 0.1},
-    "prefix": {"num_virtual_tokens": 3},
-}
+from tests.tiny_models import (
+    TEXT_FAMILIES,
+    loss_and_grads,
+    randomize_trainable,
+    small_settings,
+    tiny_batch,
+    tiny_model,
+)
 
 
 def model_of(
     method: str = "lora", family: str = "llama", dtype: torch.dtype = torch.float32, num_layers: int = 2, **settings
 ):
     model = tiny_model(family, dtype=dtype, num_layers=num_layers)
-    model = add_peft(model, make_method(method, **(SMALL.get(method, {}) | settings)))
+    model = add_peft(model, make_method(method, **small_settings(method, dropout=0.1) | settings))
     randomize_trainable(model)
     return model.train()
 
@@ -61,7 +62,11 @@ def test_every_method(method, recompute):
     if "gate_up" in recompute:
         values += (2 * tokens + supervised) * 2 * config.intermediate_size
     if "qkv" in recompute:
-        is_first = method in ("lora", "sharelora", "msplora", "layernorm", "layernorm-simp")
+        placement = model.peft_method.place()
+        parts = placement.branches_of("q") if "q" in placement.branches else ()
+        is_first = "input_norm" in placement.gains or any(
+            "down" not in part.frozen or part.vectors is not None for part in parts
+        )
         values += (1 + is_first) * tokens * q_and_kv * config.head_dim
     assert assert_same_bits(model, batch, recompute) == values * 4
 
@@ -79,7 +84,7 @@ def test_families_and_dtypes(family, dtype):
 def test_on_packed_weights():
     quantised = pytest.importorskip("mmpeft_fast.quantised")
     model = quantised.quantise(tiny_model("llama"), "nf4")
-    add_peft(model, make_method("lora", **SMALL["lora"])).train()
+    add_peft(model, make_method("lora", **small_settings("lora", dropout=0.1))).train()
     randomize_trainable(model)
     assert assert_same_bits(model, tiny_batch("llama")) > 0
 

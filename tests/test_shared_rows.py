@@ -11,9 +11,15 @@ from mmpeft_fast import METHODS, LoRA, add_peft, fuse, fuse_report, make_method,
 from mmpeft_fast.labels import IGNORE_INDEX
 from mmpeft_fast.layers.class_swap import is_swapped
 from tests.closeness import assert_same_in_double
-from tests.tiny_models import VOCABULARY, first_text_token, randomize_trainable, tiny_batch, tiny_model
-
-SETTINGS = {name: {"dropout": 0.0} for name in ("lora", "adapter", "sharelora", "msplora")}
+from tests.tiny_models import (
+    VOCABULARY,
+    first_text_token,
+    judged_together,
+    randomize_trainable,
+    small_settings,
+    tiny_batch,
+    tiny_model,
+)
 
 
 def random_rows(rng: random.Random) -> list[list[int]]:
@@ -115,7 +121,7 @@ def log_probs(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def grads(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return judged_together({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -123,7 +129,7 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_preference_loss(method, family, side, monkeypatch):
     monkeypatch.setattr("mmpeft_fast.contexts.LEAST_SHARED", 4)
-    model = add_peft(tiny_model(family).train(), make_method(method, **SETTINGS.get(method, {})))
+    model = add_peft(tiny_model(family).train(), make_method(method, **small_settings(method)))
     randomize_trainable(model)
     model, batch = model.double(), in_double(pairs(family, side))
 

@@ -13,6 +13,7 @@ from tests.tiny_models import TEXT_FAMILIES, randomize_trainable, tiny_batch, ti
 TOWERS = [name for name in FAMILIES if name not in TEXT_FAMILIES]
 BLOCKS = {"qwen_vl": "transformer.visual.transformer.resblocks", "llava": "model.vision_tower.encoder.layers"}
 BLOCKS |= dict.fromkeys(("llava_next", "llava_onevision"), BLOCKS["llava"])
+BLOCKS["internvl"] = "model.vision_tower.encoder.layer"
 
 
 def blocks_of(model, family):
@@ -21,6 +22,7 @@ def blocks_of(model, family):
 
 def embedding_of(model, family):
     names = {"llava": "model.vision_tower.embeddings", "qwen_vl": "transformer.visual.conv1"}
+    names["internvl"] = names["llava"]
     return model.get_submodule(
         names.get(family.split("_")[0] if "llava" in family else family, "model.visual.patch_embed")
     )

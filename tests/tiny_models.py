@@ -1,32 +1,42 @@
 """Small real models and batches for tests, built by the transformers classes from each family's tiny configuration."""
 
+import dataclasses
 import functools
 
 import torch
 from torch import nn
 
+from mmpeft_fast import METHODS, make_method
 from mmpeft_fast.models import FAMILIES
 
 VOCABULARY = 60
 TEXT_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family.vision_tower)
 _FEW_METHODS = ("lora", "ia3", "prefix")
-# Made of LoRA's branches, which run in every family; these run in one of text and one of images.
-_LORA_KIN, _THEIR_FAMILIES = ("sharelora", "msplora", "lora-fa", "dora"), ("llama", "qwen2_vl")
+# The papers' methods run in every family; what is made of the same parts in one of text and one of images.
+_PAPERS_METHODS = ("lora", "ia3", "adapter", "prefix", "layernorm", "layernorm-simp")
+_OTHERS_FAMILIES = ("llama", "qwen2_vl")
+_SMALL = {"r": 4, "alpha": 8, "bottleneck": 4, "num_virtual_tokens": 3, "experts": 2}
 # Pixels [height, width] of the samples' images where a family tiles them, the tiles of each and the tokens they become.
 _TILED_SIZES = ((64, 64), (40, 64), (32, 32))
 _NUM_TILES = (5, 5, 3)
 _NUM_IMAGE_TOKENS = {"llava_next": (24, 14, 10), "llava_onevision": (10, 14, 10)}
 
 
+def small_settings(name: str, *, dropout: float = 0.0) -> dict:
+    """A method's settings for a tiny model: small widths, and the dropout where it has one."""
+    known = {field.name for field in dataclasses.fields(make_method(name))}
+    return {key: value for key, value in (_SMALL | {"dropout": dropout}).items() if key in known}
+
+
 def family_method_cases(methods) -> list[tuple[str, str]]:
-    """Every family with every method of the study, but Mistral, Qwen2 and Qwen3 with three: they differ from LLaMA,
-    which runs all, in biases on q, k, v, head norms and widths alone."""
+    """Every family with every method of the papers and every variant of one, others in two families; but Mistral, Qwen2
+    and Qwen3 with three: they differ from LLaMA, which runs all, in biases on q, k, v, head norms and widths alone."""
     return [
         (family, method)
         for family in FAMILIES
         for method in methods
         if (family == "llama" or family not in TEXT_FAMILIES or method in _FEW_METHODS)
-        and (method not in _LORA_KIN or family in _THEIR_FAMILIES)
+        and (method in _PAPERS_METHODS or method not in METHODS or family in _OTHERS_FAMILIES)
     ]
 
 
@@ -97,7 +107,7 @@ def tiny_batch(
         pixels = torch.randn(batch_size, max(_NUM_TILES[case] for case in cases), 3, 32, 32, generator=generator)
         batch["pixel_values"] = pixels.to(dtype)
         batch["image_sizes"] = torch.tensor([_TILED_SIZES[case] for case in cases])
-    elif family_name in ("llava", "qwen_vl"):
+    elif family_name in ("llava", "qwen_vl", "internvl"):
         batch["pixel_values"] = torch.randn(batch_size, 3, 64, 64, generator=generator).to(dtype)
     else:
         batch["image_grid_thw"] = torch.tensor([[1, 8, 8]] * batch_size)
@@ -107,7 +117,8 @@ def tiny_batch(
 
 
 def _image_token(family_name: str) -> str:
-    return "<image>" if family_name.startswith("llava") else "<imgpad>" if family_name == "qwen_vl" else "<|image_pad|>"
+    others = {"qwen_vl": "<imgpad>", "internvl": "<IMG_CONTEXT>"}
+    return "<image>" if family_name.startswith("llava") else others.get(family_name, "<|image_pad|>")
 
 
 def _image_tokens(family_name: str, batch_size: int) -> list[int]:
@@ -134,6 +145,14 @@ def loss_and_grads(model, batch):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def judged_together(grads):
+    """Gradients by name, those of routers as one: a gate of few experts leaves each a multiple of one vector, whose
+    error is a single draw."""
+    routers = sorted(name for name in grads if name.endswith(".router"))
+    others = {name: grad for name, grad in grads.items() if name not in routers}
+    return others | ({"routers": torch.cat([grads[name] for name in routers])} if routers else {})
 
 
 def materialize_fake(model: nn.Module) -> None:

@@ -69,6 +69,14 @@ class LayerSites(NamedTuple):
     def linears(self) -> tuple[LinearSite, ...]:
         return (*self.projections, self.o, self.gate, self.up, self.down)
 
+    def with_linear(self, role: str, paths: DecoderPaths, site: LinearSite | None) -> "LayerSites":
+        """The same with another site, or with none, in the place of a role."""
+        if role not in paths.projections:
+            return self._replace(**{role: site})
+        projections = list(self.projections)
+        projections[paths.projections.index(role)] = site
+        return self._replace(projections=projections)
+
 
 def read_layer(layer: nn.Module, paths: DecoderPaths) -> LayerSites:
     """Reads a decoder layer as `FusedDecoderLayer` computes it.
@@ -219,6 +227,8 @@ class Reading:
             self._packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
             roles = (*paths.projections, "o", "gate", "up", "down")
             self._moving = [role for role, site in zip(roles, self._sites.linears, strict=True) if not site.is_found]
+            for role in self._moving:  # what was computed for this call alone is not kept
+                self._sites = self._sites.with_linear(role, paths, None)
         kinds = {own_class(module) for module in modules}
         kinds |= {kind.plain for kind in kinds if issubclass(kind, PeftLinear)}  # whose forward is called inside theirs
         lookups = list(known.lookups_of(kinds))
@@ -232,13 +242,7 @@ class Reading:
         call's graph."""
         sites = self._sites
         for role in self._moving:
-            site = read_linear(paths.at(layer, role))
-            if role in paths.projections:
-                projections = list(sites.projections)
-                projections[paths.projections.index(role)] = site
-                sites = sites._replace(projections=projections)
-            else:
-                sites = sites._replace(**{role: site})
+            sites = sites.with_linear(role, paths, read_linear(paths.at(layer, role)))
         return sites
 
 

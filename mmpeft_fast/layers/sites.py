@@ -35,7 +35,7 @@ class LinearSite(NamedTuple):
     @property
     def is_found(self) -> bool:
         """Whether all its tensors are the modules' own, the same at every call, and none was computed from them."""
-        branches = (tensor for branch in self.segment.branches for tensor in (branch.down, branch.up))
+        branches = (tensor for branch in self.segment.branches for tensor in (branch.down, branch.up, branch.gate))
         tensors = (self.segment.weight, self.segment.bias, self.segment.out_scale, self.in_scale, *branches)
         return all(tensor is None or isinstance(tensor, nn.Parameter | PackedWeight) for tensor in tensors)
 

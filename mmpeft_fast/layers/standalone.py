@@ -29,9 +29,7 @@ class _FusedPeftLinear(PeftLinear):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.branches = nn.ModuleList()
-        self.register_parameter("in_scale", None)
-        self.register_parameter("out_scale", None)
+        self.carry_nothing()
         self.requires_grad_(False)
 
     @classmethod

@@ -7,13 +7,17 @@ from functools import partial
 from typing import Any
 
 from mmpeft_fast.methods.adapter import Adapter
+from mmpeft_fast.methods.dora import DoRA
 from mmpeft_fast.methods.ia3 import IA3
 from mmpeft_fast.methods.layernorm import LayerNorm
 from mmpeft_fast.methods.lora import LoRA
+from mmpeft_fast.methods.lorafa import LoRAFA
 from mmpeft_fast.methods.method import Method
+from mmpeft_fast.methods.moelora import MOELoRA
 from mmpeft_fast.methods.msplora import MSPLoRA
 from mmpeft_fast.methods.prefix import Prefix
 from mmpeft_fast.methods.sharelora import ShareLoRA
+from mmpeft_fast.methods.vera import VeRA
 
 METHODS: dict[str, Callable[..., Method]] = {
     "lora": LoRA,
@@ -24,18 +28,26 @@ METHODS: dict[str, Callable[..., Method]] = {
     "layernorm-simp": LayerNorm,
     "sharelora": ShareLoRA,
     "msplora": MSPLoRA,
+    "dora": DoRA,
+    "lora-fa": LoRAFA,
+    "vera": VeRA,
+    "moelora": MOELoRA,
 }
 
 __all__ = [
     "IA3",
     "METHODS",
     "Adapter",
+    "DoRA",
     "LayerNorm",
     "LoRA",
+    "LoRAFA",
+    "MOELoRA",
     "MSPLoRA",
     "Method",
     "Prefix",
     "ShareLoRA",
+    "VeRA",
     "make_method",
     "method_class",
     "register_method",

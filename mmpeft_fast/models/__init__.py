@@ -15,6 +15,7 @@ from mmpeft_fast.layers.causal_lm import called_parts
 from mmpeft_fast.layers.class_swap import own_class
 from mmpeft_fast.models.checks import check_config
 from mmpeft_fast.models.family import Family
+from mmpeft_fast.models.internvl import INTERNVL
 from mmpeft_fast.models.llama import LLAMA
 from mmpeft_fast.models.llava import LLAVA
 from mmpeft_fast.models.llava_next import LLAVA_NEXT
@@ -30,7 +31,7 @@ from mmpeft_fast.models.qwen_vl import QWEN_VL
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN_VL),
+        *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN_VL, INTERNVL),
         *(LLAMA, MISTRAL, QWEN2, QWEN3),  # text alone
     )
 }

@@ -32,6 +32,7 @@ _EXPECTED = dict.fromkeys(_SIZES, _Size) | {
     **dict.fromkeys(("attention_dropout", "attn_dropout_prob", "emb_dropout_prob"), _Share),
     "tokens_per_second": _Positive,
 }
+_SIDES = ("image_size", "patch_size")
 _MAY_BE_NONE = {"head_dim", "num_key_value_heads", "sliding_window", "intermediate_size", "projection_dim"}
 
 
@@ -42,7 +43,8 @@ def check_config(config: PretrainedConfig) -> None:
         for name, hint in _EXPECTED.items():
             value = getattr(part, name, None)
             if hasattr(part, name) and not (value is None and name in _MAY_BE_NONE):
-                check_value(f"{where}{name}", value, hint)
+                for each in _sides(value) if name in _SIDES else (value,):
+                    check_value(f"{where}{name}", each, hint)
         _check_heads(part, where)
         _check_feature_layers(part, where)
         rope = getattr(part, "rope_parameters", None)
@@ -67,8 +69,14 @@ def _check_heads(part: PretrainedConfig, where: str) -> None:
     if heads and kv_heads and heads % kv_heads:
         raise ValueError(f"{where}num_key_value_heads: expected a divisor of the {heads} heads, got {kv_heads}")
     side, patch = getattr(part, "image_size", None), getattr(part, "patch_size", None)
-    if side and patch and patch > side:
+    if side and patch and any(each > most for each, most in zip(_sides(patch), _sides(side), strict=True)):
         raise ValueError(f"{where}patch_size: expected at most the image_size {side}, got {patch}")
+
+
+def _sides(value: Any) -> tuple[Any, Any]:
+    """Height and width of a value that gives both, or one for both."""
+    pair = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    return pair[0], pair[1]
 
 
 def _check_feature_layers(part: PretrainedConfig, where: str) -> None:

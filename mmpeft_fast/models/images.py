@@ -1,7 +1,8 @@
-"""What an image is to a model: one of four kinds, named by its family (`Family.image`).
+"""What an image is to a model: one of five kinds, named by its family (`Family.image`).
 
 Square      one size, one row of features                 LLaVA
 Tiled       any size, as the whole and tiles of one size   LLaVA-NeXT, LLaVA-OneVision
+Cropped     any size, as tiles of one size and the whole    InternVL
 PatchGrid   any size, as rows of patches                   Qwen2-VL and later
 Resampled   one size, a fixed number of features           Qwen-VL
 """
@@ -13,12 +14,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 # Side of the square images of families that take any size: 256 tokens at a patch of 14 merged 2 x 2; what LLaVA-NeXT
 # sees in four tiles.
 DEFAULT_IMAGE_SIZE = 448
 _SHRINK_ABOVE = 1.1  # LLaVA-OneVision's
+_MOST_TILES = 12  # InternVL's
 
 
 class ImageShape(NamedTuple):
@@ -107,6 +110,23 @@ class Tiled:
     def inputs(self, config, shape, count, ids, empty):
         pixels = empty(count, shape.tiles, 3, shape.side, shape.side)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([shape.image_size] * count)}
+
+
+class Cropped:
+    """Tiles of one size, as many as come closest to the image's form, then the whole where there are several; all of
+    them are images to the model."""
+
+    def shape(self, config, image_size):
+        tile, _ = config.vision_config.image_size
+        side = image_size or tile
+        if side < 1:
+            raise ValueError(f"image_size: expected at least 1 pixel, got {side}")
+        columns, rows = get_optimal_tiled_canvas((side, side), (tile, tile), 1, _MOST_TILES)
+        tiles = rows * columns + (rows * columns > 1)
+        return ImageShape((config.image_token_id,) * config.image_seq_length * tiles, side=tile, tiles=tiles)
+
+    def inputs(self, config, shape, count, ids, empty):
+        return {"pixel_values": empty(count * shape.tiles, 3, shape.side, shape.side)}
 
 
 class PatchGrid:

@@ -65,6 +65,7 @@ def spec_from_text(text: str) -> CallSpec:
 class CallBranch(NamedTuple):
     down: Tensor
     up: Tensor
+    gate: Tensor | None  # [M, E]
     spec: BranchSpec
 
     @property
@@ -118,6 +119,7 @@ class Kept(NamedTuple):
 class WantedBranch(NamedTuple):
     down: bool
     up: bool
+    gate: bool
 
 
 class WantedSegment(NamedTuple):
@@ -127,11 +129,17 @@ class WantedSegment(NamedTuple):
     branches: list[WantedBranch]
 
 
+class BranchGrads(NamedTuple):
+    down: Tensor | None
+    up: Tensor | None
+    gate: Tensor | None = None
+
+
 class SegmentGrads(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     out_scale: Tensor | None
-    branches: list[tuple[Tensor | None, Tensor | None]]  # (ddown, dup)
+    branches: list[BranchGrads]
 
 
 class Grads(NamedTuple):
@@ -143,33 +151,33 @@ class Grads(NamedTuple):
 
 
 def flatten_segments(segments: Sequence[Segment | CallSegment | SegmentGrads]) -> list[Tensor | None]:
-    """Weight, bias, out_scale and a (down, up) pair a branch, segment after segment: autograd's order."""
+    """Weight, bias, out_scale and down, up, gate of each branch, segment after segment: autograd's order."""
     flat: list[Tensor | None] = []
     for seg in segments:
         flat += [seg.weight, seg.bias, seg.out_scale]
         for branch in seg.branches:
-            flat += branch[:2]
+            flat += [branch.down, branch.up, branch.gate]
     return flat
 
 
 def _grouped(spec: CallSpec, flat: Sequence):
-    """The inverse of `flatten_segments`: (branch specs, first three items, pairs) a segment."""
+    """The inverse of `flatten_segments`: (branch specs, first three items, a triple a branch) a segment."""
     position = 0
     for branches in spec.segments:
-        pairs = flat[position + 3 : position + 3 + 2 * len(branches)]
-        yield branches, flat[position : position + 3], list(zip(pairs[::2], pairs[1::2], strict=True))
-        position += 3 + 2 * len(branches)
+        inside = flat[position + 3 : position + 3 + 3 * len(branches)]
+        yield branches, flat[position : position + 3], list(zip(inside[::3], inside[1::3], inside[2::3], strict=True))
+        position += 3 + 3 * len(branches)
 
 
 def unflatten_segments(spec: CallSpec, flat: Sequence[Tensor | None]) -> list[CallSegment]:
     return [
-        CallSegment(*head, [CallBranch(*pair, branch) for branch, pair in zip(branches, pairs, strict=True)])
-        for branches, head, pairs in _grouped(spec, flat)
+        CallSegment(*head, [CallBranch(*own, branch) for branch, own in zip(branches, triples, strict=True)])
+        for branches, head, triples in _grouped(spec, flat)
     ]
 
 
 def unflatten_grads(spec: CallSpec, flat: Sequence[Tensor | None]) -> list[SegmentGrads]:
-    return [SegmentGrads(*head, pairs) for _, head, pairs in _grouped(spec, flat)]
+    return [SegmentGrads(*head, [BranchGrads(*own) for own in triples]) for _, head, triples in _grouped(spec, flat)]
 
 
 class Needs:
@@ -184,8 +192,8 @@ class Needs:
         self.x = tuple(flags[4 : 4 + spec.num_inputs])
         self.segments: list[WantedSegment] = []
         trains_down = trains_weight = False
-        for branches, head, pairs in _grouped(spec, flags[4 + spec.num_inputs :]):
-            wanted = WantedSegment(*head, [WantedBranch(*pair) for pair in pairs])
+        for branches, head, triples in _grouped(spec, flags[4 + spec.num_inputs :]):
+            wanted = WantedSegment(*head, [WantedBranch(*own) for own in triples])
             self.segments.append(wanted)
             trains_weight |= wanted.weight
             trains_down |= any(
@@ -206,7 +214,7 @@ def mask_key(dropout: float, stream: int, position: str, call_stream: int = 0) -
 def call_spec(prologue: str, eps: float, segments: Sequence[Segment], stream: int = 0) -> CallSpec:
     """The same object for equal calls: comparing two of them costs nothing."""
     return _call_spec(
-        prologue, eps, tuple([tuple([branch[2:] for branch in seg.branches]) for seg in segments]), stream
+        prologue, eps, tuple([tuple([branch[2:7] for branch in seg.branches]) for seg in segments]), stream
     )
 
 

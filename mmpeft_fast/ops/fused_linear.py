@@ -5,6 +5,7 @@
     y_i = y_i * l_i                                         output scale
     y_i = y_i + sum_post s U f(D drop y_i) + residual       epilogue
 
+A branch may be gated: f(..) is multiplied by a number a row and expert, a block of neighbouring ranks (`Branch.gate`).
 LoRA (Hu et al. 2021, eq. 3) is a parallel branch with f = identity; the study's Adapter is pre on gate and up, post on
 down (arXiv 2406.05130); IA3 (Liu et al. 2022) is the scales. The backward is written by hand: it saves x, rstd and
 a = D drop(h) only, recomputes h from x and z from a, and computes nothing that no gradient asks for.
@@ -206,6 +207,7 @@ def fused_linear(
             "recompute": recompute,
         }  # fmt: skip
         return _in_dtype(dtype or given, x, segments, residual, carry, options, y_dtype=None if dtype else x[0].dtype)
+    segments = _with_gates_by_row(x[0], segments)
     check = functools.partial(check_call, x, segments, prologue, gain, in_scale, residual)
     if torch.compiler.is_compiling() or len(x) != (2 if prologue == "swiglu" else 1):
         check()
@@ -218,6 +220,24 @@ def fused_linear(
         makers = makers_of(x) if recompute and torch.is_grad_enabled() else None
         y = _apply(None, check, spec, carry, residual, gain, in_scale, seed, x, flatten_segments(segments), makers)
     return tuple(y) if len(y) > 1 else y[0]
+
+
+def _with_gates_by_row(x: Tensor, segments: Sequence[Segment]) -> Sequence[Segment]:
+    """Segments whose gates are [M, E]; the same where there are none. Raises ValueError for one that does not fit x."""
+    if not any(branch.gate is not None for seg in segments for branch in seg.branches):
+        return segments
+
+    def by_row(branch: Branch) -> Branch:
+        gate, lead = branch.gate, x.shape[:-1]
+        if gate is None:
+            return branch
+        try:
+            return branch._replace(gate=gate.expand(*lead, gate.shape[-1]).reshape(-1, gate.shape[-1]))
+        except RuntimeError as error:
+            expected = f"a gate that can be broadcast to {[*lead, 'experts']}"
+            raise ValueError(f"fused_linear: expected {expected}, got {list(gate.shape)}") from error
+
+    return [seg._replace(branches=tuple(map(by_row, seg.branches))) for seg in segments]
 
 
 def _apply(
@@ -324,8 +344,9 @@ def fused_linear_ref(
     def contribution(branch: Branch, operand: Tensor) -> Tensor:
         _, mask_stream = mask_key(branch.dropout, branch.stream, branch.position, stream) or (0.0, 0)
         kept = dropout_ref(operand, seed, branch.dropout, stream=mask_stream)
-        a = kept @ branch.down.to(operand.dtype).t()
-        return branch.scaling * ACTIVATIONS[branch.activation].function(a) @ branch.up.to(operand.dtype).t()
+        z = ACTIVATIONS[branch.activation].function(kept @ branch.down.to(operand.dtype).t())
+        z = z if branch.gate is None else schedule.by_expert(z, branch.gate)
+        return branch.scaling * z @ branch.up.to(operand.dtype).t()
 
     outputs = []
     for seg in segments:

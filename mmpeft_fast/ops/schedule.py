@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mmpeft_fast.ops import layout, stacking
-from mmpeft_fast.ops.activations import ACTIVATIONS
+from mmpeft_fast.ops.activations import ACTIVATIONS, accumulate_dtype, activation_backward
 from mmpeft_fast.ops.dispatch import SMALL_M
 from mmpeft_fast.ops.fused_call import (
+    BranchGrads,
     Call,
     CallBranch,
     CallSegment,
@@ -19,6 +20,7 @@ from mmpeft_fast.ops.fused_call import (
     MaskKey,
     Needs,
     SegmentGrads,
+    WantedBranch,
     WantedSegment,
 )
 from mmpeft_fast.ops.kernel_set import LowRank, Mask, PrologueGrads, PrologueSpec, Term
@@ -74,10 +76,57 @@ def _inner(call: Call) -> list[CallBranch]:
 
 def _terms(branches: Sequence[CallBranch], a: Sequence[Tensor], position: str, start: int, stop: int) -> list[Term]:
     return [
-        Term(ACTIVATIONS[branch.spec.activation].function(a_branch), branch.up, branch.spec.scaling, start, stop)
+        Term(_z(branch, a_branch), branch.up, branch.spec.scaling, start, stop)
         for branch, a_branch in zip(branches, a, strict=True)
         if branch.spec.position == position
     ]
+
+
+def by_expert(z: Tensor, gate: Tensor) -> Tensor:
+    """z [..., R] times its experts' numbers in gate [..., E], in z's dtype."""
+    return (z.unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]).flatten(-2).to(z.dtype)
+
+
+def _z(branch: CallBranch, a: Tensor) -> Tensor:
+    """What U is applied to [M, R]: f(a), gated."""
+    z = ACTIVATIONS[branch.spec.activation].function(a)
+    return z if branch.gate is None else by_expert(z, branch.gate)
+
+
+def _dy_pass(
+    kernels,
+    dys: Sequence[Tensor],
+    a: Sequence[Tensor],
+    branches: Sequence[CallBranch],
+    wanted: Sequence[WantedBranch],
+    need_da: Sequence[bool],
+) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(da, dU, dgate) of each branch. Around a gate the kernels see what they know: an identity on the gated z."""
+    found = kernels.dy_pass(
+        list(dys),
+        [part if branch.gate is None else _z(branch, part) for branch, part in zip(branches, a, strict=True)],
+        [branch.up for branch in branches],
+        scalings=[branch.spec.scaling for branch in branches],
+        activations=["identity" if branch.gate is not None else branch.spec.activation for branch in branches],
+        need_da=[need or want.gate for need, want in zip(need_da, wanted, strict=True)],
+        need_dup=[want.up for want in wanted],
+    )
+    return [
+        (da, dup, None) if branch.gate is None or da is None else _below_gate(branch, want, part, da, dup)
+        for da, dup, branch, want, part in zip(*found, branches, wanted, a, strict=True)
+    ]
+
+
+def _below_gate(
+    branch: CallBranch, want: WantedBranch, a: Tensor, dgated: Tensor, dup: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(da, dU, dgate) from the gradient dgated [M, R] of the gated z."""
+    name, gate, dgate = branch.spec.activation, branch.gate, None
+    if want.gate:
+        wide = accumulate_dtype(a.dtype)
+        products = dgated.to(wide) * ACTIVATIONS[name].function(a.to(wide))
+        dgate = products.unflatten(1, (gate.shape[1], -1)).sum(2).to(gate.dtype)
+    return activation_backward(name, by_expert(dgated, gate), a), dup, dgate
 
 
 def _plus(y: Tensor, term: Term) -> Tensor:
@@ -179,7 +228,7 @@ def _output(
         if not seg.post:
             return y if call.residual is None else y.add_(call.residual)
     kept.before_post.append(y if any(want.down for want in wants.branches) else None)
-    if len(seg.post) > 1:
+    if len(seg.post) > 1 or seg.post[0].gate is not None:
         return _several_post(kernels, call, seg, y, kept)
     (branch,) = seg.post
     spec = branch.spec
@@ -198,8 +247,7 @@ def _several_post(kernels, call: Call, seg: CallSegment, y: Tensor, kept: Kept) 
         low_rank = LowRank(branch.down, _mask(branch.spec.mask, call.seed))
         _, _, a = kernels.prologue(_PLAIN, (y,), low_rank, need_h=False)
         kept.a_post.append(a)
-        z = ACTIVATIONS[branch.spec.activation].function(a)
-        total = _plus(total, Term(z, branch.up, branch.spec.scaling, 0, y.shape[1]))
+        total = _plus(total, Term(_z(branch, a), branch.up, branch.spec.scaling, 0, y.shape[1]))
     return total
 
 
@@ -224,6 +272,7 @@ class _Backward:
         self.da: list[Tensor | None] = [None] * len(self.inner)
         self._das: dict[int, Tensor] = {}
         self.dup: list[Tensor | None] = [None] * len(self.inner)
+        self.dgate: list[Tensor | None] = [None] * len(self.inner)
         self._before_scale, self._before_post = iter(kept.before_scale), iter(kept.before_post)
         self._a_post = iter(kept.a_post)
 
@@ -244,7 +293,7 @@ class _Backward:
         weights = self._weights(below) if any(wants.weight for wants in need.segments) else [None] * len(below)
         dh = self._gemms(below)
         prologue, ddowns = self._prologue(dh, dcarry)
-        segments, inner_grads = [], iter(zip(ddowns, self.dup, strict=True))
+        segments, inner_grads = [], map(BranchGrads, ddowns, self.dup, self.dgate)
         for seg, wants, dy, dweight, (dout_scale, post) in zip(
             call.segments, need.segments, below, weights, heads, strict=True
         ):
@@ -255,26 +304,22 @@ class _Backward:
         return Grads(residual, prologue.dgain, prologue.din_scale, prologue.dx, segments)
 
     def _below_post(self, seg: CallSegment, wants: WantedSegment, dout: Tensor) -> tuple[Tensor, dict]:
-        """The gradient below the post branches, and (dD, dU) of these by their place in the segment."""
+        """The gradient below the post branches, and the gradients of these by their place in the segment."""
         posts = [item for item in enumerate(zip(seg.branches, wants.branches, strict=True)) if item[1][0].is_post]
         branches, wanted = [branch for _, (branch, _) in posts], [want for _, (_, want) in posts]
         a = [next(self._a_post) for _ in posts]
-        das, dups = self.kernels.dy_pass(
-            [dout] * len(posts), a, [branch.up for branch in branches],
-            scalings=[branch.spec.scaling for branch in branches],
-            activations=[branch.spec.activation for branch in branches],
-            need_da=[True] * len(posts), need_dup=[want.up for want in wanted],
-        )  # fmt: skip
+        found = _dy_pass(self.kernels, [dout] * len(posts), a, branches, wanted, [True] * len(posts))
+        das, dups, dgates = zip(*found, strict=True)
         parts = [LowRank(branch.down, _mask(branch.spec.mask, self.call.seed)) for branch in branches]
         grads = self.kernels.prologue_backward(
             _PLAIN, dout.clone(), (next(self._before_post),), None, low_rank=list(zip(parts, das, strict=True)),
             ddown_wanted=[want.down for want in wanted], need_dx=(True,),
         )  # fmt: skip
-        pairs = zip(grads.ddowns, dups, strict=True)
-        return grads.dx[0], dict(zip((i for i, _ in posts), pairs, strict=True))
+        return grads.dx[0], dict(zip((i for i, _ in posts), map(BranchGrads, grads.ddowns, dups, dgates), strict=True))
 
     def _branches(self, dys: Sequence[Tensor | None], position: str) -> None:
-        """da and dU of the inner branches at `position`; dys: by segment, what the branches' contributions meet."""
+        """da, dU and the gates' gradients of the inner branches at `position`; dys: by segment, what the branches'
+        contributions meet."""
         chosen, index = [], 0
         for seg, dy in zip(self.call.segments, dys, strict=True):
             for branch in seg.inner:
@@ -283,17 +328,13 @@ class _Backward:
                 index += 1
         if not chosen:
             return
-        das, dups = self.kernels.dy_pass(
-            [dy for _, _, dy in chosen],
-            [self.a[i] for i, _, _ in chosen],
-            [branch.up for _, branch, _ in chosen],
-            scalings=[branch.spec.scaling for _, branch, _ in chosen],
-            activations=[branch.spec.activation for _, branch, _ in chosen],
-            need_da=[i in self.needs_da for i, _, _ in chosen],
-            need_dup=[self.wanted[i].up for i, _, _ in chosen],
-        )
-        for (i, _, _), da, dup in zip(chosen, das, dups, strict=True):
-            self.da[i], self.dup[i] = da, dup
+        indices, branches, dy = zip(*chosen, strict=True)
+        found = _dy_pass(
+            self.kernels, dy, [self.a[i] for i in indices], branches, [self.wanted[i] for i in indices],
+            [i in self.needs_da for i in indices],
+        )  # fmt: skip
+        for i, grads in zip(indices, found, strict=True):
+            self.da[i], self.dup[i], self.dgate[i] = grads
 
     def _weights(self, dys: Sequence[Tensor]) -> list[Tensor | None]:
         """dW of trained base weights."""

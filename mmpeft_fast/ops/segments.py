@@ -16,6 +16,9 @@ class Branch(NamedTuple):
 
     down: [R, K] (post: [R, N]); up: [N, R] (pre: [K, R]); both trained or frozen. `stream` separates dropout masks:
     branches of one op with equal `dropout` and `stream` share one mask.
+
+    gate: g [..., E], by row and expert, trained or frozen: `s U (g * f(D drop(.)))`, where each of its numbers is that
+    of R / E neighbouring rows of D, an expert's. Its leading sizes are broadcast to x's: [B, 1, E] is a gate by sample.
     """
 
     down: Tensor
@@ -25,6 +28,7 @@ class Branch(NamedTuple):
     position: str = "parallel"
     dropout: float = 0.0
     stream: int = 0
+    gate: Tensor | None = None
 
 
 class Segment(NamedTuple):
@@ -73,6 +77,8 @@ def check_call(x, segments, prologue, gain, in_scale, residual):
             if not 0.0 <= branch.dropout < 1.0:
                 fail("dropout in [0, 1)", branch.dropout)
             rank = branch.down.shape[0]
+            if branch.gate is not None and (not branch.gate.shape[-1] or rank % branch.gate.shape[-1]):
+                fail(f"a gate of experts that divide the rank {rank} in segment {i}", list(branch.gate.shape))
             down_shape = (rank, num_out if branch.position == "post" else width)
             up_shape = (width if branch.position == "pre" else num_out, rank)
             if branch.down.shape != down_shape or branch.up.shape != up_shape:

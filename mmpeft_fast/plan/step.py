@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft_fast.dtypes import DTYPES
+from mmpeft_fast.layers.reading import is_fused
 from mmpeft_fast.measure import peak_bytes, saved_bytes
 from mmpeft_fast.models import base_model, empty_model, family_of
 from mmpeft_fast.ops import fused_linear
@@ -98,6 +99,8 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         for i, state in enumerate((*states, *formats)):
             holder.register_buffer(f"state_{i}", state)
         stack.enter_context(regions)
+        if request.implementation == "fused":
+            _read_layers(base)
         peak = stack.enter_context(peak_bytes("cpu", holder))
         with recorder:
             with saved_bytes(model) as saved:
@@ -119,6 +122,13 @@ def _count(request: Request, device_type: str, sdpa: str) -> StepCounts:
         peak_bytes=peak.bytes,
         sequence=tuple(recorder.sequence),
     )
+
+
+def _read_layers(base: nn.Module) -> None:
+    """As before every step but a first one: what the fused layers are made of is known."""
+    family = family_of(base)
+    for layer in family.layers_of(base):
+        is_fused(layer, family.paths)
 
 
 def _loss(model: nn.Module, inputs: dict, baseline: str, request: Request) -> Tensor:

@@ -48,5 +48,5 @@ class AdapterForm(Form):
         settings = {name: value for name, value in vars(config).items() if name in names}
         return Adapter(**settings | {"targets": tuple(config.targets or ()), "layers": tupled(config.layers)})
 
-    def runs_in_hf_peft(self, model, family):
+    def runs_in_hf_peft(self, method, model, family):
         return False

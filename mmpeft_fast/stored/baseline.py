@@ -27,9 +27,11 @@ def add_baseline(model: nn.Module, method: Method, *, train_connector: bool = Fa
     family = family_of(model)
     if train_connector:
         family.require_connector()
-    if not form_of(method).runs_in_hf_peft(model, family):
+    if not form_of(method).runs_in_hf_peft(method, model, family):
         return add_peft(model, method, train_connector=train_connector), "eager module"
     parts = method.place(family.paths.roles).parts
     check_trainable(model, family, set(parts) | ({"connector"} if train_connector else set()))
     config = hf_config(model, method, parts=("connector",) if train_connector else ())
-    return get_peft_model(model, config), f"HF PEFT {peft.__version__}"
+    wrapped = get_peft_model(model, config)
+    form_of(method).settle(method, wrapped)
+    return wrapped, f"HF PEFT {peft.__version__}"

@@ -47,7 +47,7 @@ def save_peft(model: nn.Module, folder: str | Path) -> None:
     """
     folder = recover(Path(folder))
     if folder.exists():
-        check_replaceable(folder)
+        check_replaceable(folder, "save_peft")
     base, metadata = base_model(model), {"format": "pt"}
     if isinstance(model, PeftModel):
         config, tensors = _of_peft_model(model)
@@ -92,7 +92,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("load_peft: expected a model with values, got one on the meta device")
     folder = recover(Path(folder))
-    config, tensors, metadata = _read(folder)
+    config, tensors, metadata = read_adapter(folder, "load_peft")
     carried, twin = read_carried(model), bare_twin(model)
     method, parts = method_of(config, twin)
     method = form_of(method).completed(method, metadata, tensors.keys())
@@ -109,7 +109,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, trainable: bool = True) -
         for key, slot in carried.slots.items():
             slot.tensor.copy_(tensors[key].reshape(slot.tensor.shape))
             if isinstance(slot.tensor, nn.Parameter):
-                slot.tensor.requires_grad_(trainable)
+                slot.tensor.requires_grad_(trainable and slot.is_trained)
     mark_loaded(model, {slot.name for slot in carried.slots.values()})
     return model
 
@@ -167,19 +167,20 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError where a folder holds anything that `save_peft` must not replace."""
+def check_replaceable(folder: Path, who: str) -> None:
+    """Raises ValueError, in the name of `who`, where a folder holds anything that an adapter must not replace."""
     if not folder.is_dir():
-        raise ValueError(f"save_peft: expected a folder, got the file {folder}")
+        raise ValueError(f"{who}: expected a folder, got the file {folder}")
     others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME})
     if others:
         raise ValueError(
-            f"save_peft: expected {folder} new, empty or with nothing but an adapter, it also holds {others[0]}"
+            f"{who}: expected {folder} new, empty or with nothing but an adapter, it also holds {others[0]}"
         )
 
 
-def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
-    """Configuration, tensors and the tensor file's metadata. Raises ValueError where a file cannot be read."""
+def read_adapter(folder: Path, who: str) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors and the tensor file's metadata. Raises ValueError, in the name of `who`, where a file
+    cannot be read."""
     config_path, tensors_path = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     try:
         text = config_path.read_text(encoding="utf-8")
@@ -187,8 +188,8 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
             metadata = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"load_peft: expected an adapter in {folder}, it cannot be read: {error}") from error
-    return read_config(text, f"load_peft: {config_path}"), tensors, metadata
+        raise ValueError(f"{who}: expected an adapter in {folder}, it cannot be read: {error}") from error
+    return read_config(text, f"{who}: {config_path}"), tensors, metadata
 
 
 def _check_same(carried: Method, saved: Method, model: nn.Module) -> None:
@@ -207,12 +208,18 @@ def _computation(placement: Placement) -> tuple:
     branches = {
         role: [
             (branch.position, branch.rank, float(f"{branch.scaling:.12g}"), branch.activation)
-            + (branch.down_layers, branch.up_layers)
+            + (
+                branch.down_layers,
+                branch.up_layers,
+                branch.projection_seed is None,
+                branch.vectors is None,
+                branch.experts,
+            )
             for branch in placement.branches_of(role)
         ]
         for role in placement.branches
     }
-    return branches, dict(placement.scales), placement.prefix, set(placement.gains)
+    return branches, dict(placement.scales), placement.prefix, placement.tasks, set(placement.gains)
 
 
 def _check_tensors(tensors: dict[str, Tensor], slots: dict[str, Slot], folder: Path) -> None:

@@ -13,6 +13,8 @@ from mmpeft_fast.placement import LINEAR_ROLES, NORM_ROLES, Placement
 
 OTHERWISE = "PeftModel.from_pretrained and fuse take it as it is"
 
+# What a method puts on the decoder beside its linear layers.
+ATTACHED = ("prefix_encoder", "task_embedding")
 # What is read of a configuration, and as what; every other field must have its default.
 NAMES = list[str] | str | None
 DESCRIPTION = {
@@ -34,15 +36,16 @@ TARGETING = {
 
 
 class Slot(NamedTuple):
-    """A tensor of the model, its full name and the shape it is stored in."""
+    """A tensor of the model, its full name and the shape it is stored in; whether the method trains it."""
 
     name: str
     tensor: Tensor
     shape: tuple[int, ...]
+    is_trained: bool = True
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> "Slot":
-        return cls(name, tensor, tuple(tensor.shape))
+    def of(cls, name: str, tensor: Tensor, *, is_trained: bool = True) -> "Slot":
+        return cls(name, tensor, tuple(tensor.shape), is_trained)
 
 
 class Targets(NamedTuple):
@@ -73,6 +76,10 @@ class Form:
     root = "base_model.model."
     down, up = "branches.{}.down", "branches.{}.up"
 
+    def reads(self, config: PeftConfig) -> bool:
+        """Whether a configuration means this form's method, before a tensor file is read (`completed`)."""
+        return type(config) is self.config
+
     def to_config(self, method: Method, placement: Placement, model: nn.Module, family: Family) -> PeftConfig:
         """The configuration, but for modules trained besides (`modules_to_save`)."""
         raise NotImplementedError
@@ -90,9 +97,12 @@ class Form:
         """A method that names whole parts itself, with those it is trained with, and the parts that are left."""
         return method, parts
 
-    def runs_in_hf_peft(self, model: nn.Module, family: Family) -> bool:
+    def runs_in_hf_peft(self, method: Method, model: nn.Module, family: Family) -> bool:
         """Whether HF PEFT has the method and its form of it runs on this model."""
         return True
+
+    def settle(self, method: Method, wrapped: nn.Module) -> None:
+        """Does to a model that HF PEFT has wrapped what its configuration has no word for."""
 
     def slots(self, method: Method, model: nn.Module, family: Family) -> dict[str, Slot]:
         """The method's own tensors by the key they are stored by: branches, scales and gains."""
@@ -102,9 +112,16 @@ class Form:
                 if not isinstance(linear, PeftLinear):
                     continue
                 for i, branch in enumerate(linear.branches):
-                    place = f"{name}.branches.{i}"
-                    found[f"{self.root}{name}.{self.down.format(i)}.weight"] = Slot.of(f"{place}.down", branch.down)
-                    found[f"{self.root}{name}.{self.up.format(i)}.weight"] = Slot.of(f"{place}.up", branch.up)
+                    for short, key in (("down", self.down.format(i)), ("up", self.up.format(i))):
+                        place, is_trained = f"{name}.branches.{i}.{short}", short not in branch.placement.frozen
+                        slot = Slot.of(place, getattr(branch, short), is_trained=is_trained)
+                        found[f"{self.root}{name}.{key}.weight"] = slot
+                    for short in ("inner", "outer", "router"):
+                        if getattr(branch, short) is not None:
+                            place = f"{name}.branches.{i}.{short}"
+                            found[self.root + place] = Slot.of(place, getattr(branch, short))
+                if linear.magnitude is not None:
+                    found[f"{self.root}{name}.lora_magnitude_vector"] = Slot.of(f"{name}.magnitude", linear.magnitude)
                 if linear.in_scale is not None:
                     shape = (1, linear.in_features)
                     found[f"{self.root}{name}.ia3_l"] = Slot(f"{name}.in_scale", linear.in_scale, shape)

@@ -4,15 +4,20 @@ from peft import PeftConfig
 
 from mmpeft_fast.methods import Method, Prefix
 from mmpeft_fast.stored.adapter import AdapterForm
+from mmpeft_fast.stored.dora import DoRAForm
 from mmpeft_fast.stored.form import Form
 from mmpeft_fast.stored.ia3 import IA3Form
 from mmpeft_fast.stored.layernorm import LayerNormForm
-from mmpeft_fast.stored.lora import LoRAForm
+from mmpeft_fast.stored.lora import LoRAFAForm, LoRAForm
 from mmpeft_fast.stored.own import OwnForm
 from mmpeft_fast.stored.prefix import PrefixForm
+from mmpeft_fast.stored.vera import VeRAForm
 
 _OWN = OwnForm()
-FORMS: tuple[Form, ...] = (LoRAForm(), IA3Form(), LayerNormForm(), PrefixForm(), AdapterForm(), _OWN)
+FORMS: tuple[Form, ...] = (
+    *(LoRAForm(), LoRAFAForm(), DoRAForm(), VeRAForm(), IA3Form(), LayerNormForm(), PrefixForm(), AdapterForm()),
+    _OWN,
+)
 
 
 def form_of(method: Method) -> Form:
@@ -25,4 +30,4 @@ def form_of(method: Method) -> Form:
 
 def form_for(config: PeftConfig) -> Form | None:
     """The form of a configuration, or None where this package has none for it."""
-    return next((form for form in FORMS if form.config is type(config)), None)
+    return next((form for form in FORMS if form.reads(config)), None)

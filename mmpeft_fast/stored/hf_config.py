@@ -166,7 +166,7 @@ def _form_that_reads(config: PeftConfig) -> Form:
     """The form of a configuration. Raises ValueError where none reads it, or it has more than what is read."""
     form = form_for(config)
     if form is None:
-        known = ", ".join(form.config.__name__ for form in FORMS)
+        known = ", ".join(dict.fromkeys(form.config.__name__ for form in FORMS))
         raise ValueError(f"expected a configuration among {known}, got {type(config).__name__}; {OTHERWISE}")
     default = type(config)()
     for field in dataclasses.fields(config):

@@ -1,6 +1,7 @@
 """Folding trained parameters into the weights: what remains is a plain model that computes the same.
 
-W' = diag(l_out) (W + sum s U D) diag(l_in),  b' = l_out * b;  gains take the place of a norm's own.
+W' = diag(l_out) (W + sum s U D) diag(l_in),  b' = l_out * b;  gains take the place of a norm's own. A magnitude is
+l_out = m / |W + sum s U D| and leaves b.
 """
 
 import logging
@@ -44,7 +45,7 @@ class _Fold(NamedTuple):
 
 
 def merge_peft(model: nn.Module, folder: str | Path | None = None, *, dequantise: bool = False) -> nn.Module:
-    """Folds LoRA, IA3 and tuned norms into the weights, in place: the model afterwards is a plain one, frozen.
+    """Folds LoRA and its kin, IA3 and tuned norms into the weights, in place: the model is then a plain one, frozen.
 
     Sums and products are formed in at least float32 and rounded once, to the weight's dtype.
 
@@ -123,6 +124,8 @@ def _check_foldable(name: str, branch: nn.Module) -> None:
             f"merge_peft: {name} has a branch that cannot be merged: {placement.activation} makes it nonlinear; "
             "expected activation 'identity'"
         )
+    if placement.experts:
+        raise ValueError(f"merge_peft: {name} has a branch that cannot be merged: a sample's task weights its experts")
     if placement.position != "parallel":
         raise ValueError(
             f"merge_peft: {name} has a branch that cannot be merged: its position is {placement.position!r}; "
@@ -174,7 +177,8 @@ def _folded(weight: Tensor, site: LinearSite) -> Tensor:
 
 
 def _fold_bias(linear: nn.Linear, site: LinearSite) -> None:
-    if linear.bias is not None and site.segment.out_scale is not None:
+    # A bias that was computed is divided by the scale, and stands beside it (a magnitude).
+    if linear.bias is not None and site.segment.bias is linear.bias and site.segment.out_scale is not None:
         wide = accumulate_dtype(linear.weight.dtype)
         linear.bias.copy_(linear.bias.to(wide) * site.segment.out_scale.to(wide))
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from mmpeft_fast.methods import Method, method_class
-from mmpeft_fast.stored.form import DESCRIPTION, Form, Slot, tupled
+from mmpeft_fast.stored.form import ATTACHED, DESCRIPTION, Form, Slot, tupled
 
 
 @dataclass
@@ -46,15 +46,16 @@ class OwnForm(Form):
             raise ValueError(f"{config.method}: has no setting {unknown[0]!r}")
         return kind(**{name: tupled(value) for name, value in config.settings.items()})
 
-    def runs_in_hf_peft(self, model, family):
+    def runs_in_hf_peft(self, method, model, family):
         return False
 
     def slots(self, method, model, family):
         found = super().slots(method, model, family)
-        if hasattr(family.decoder_of(model), "prefix_encoder"):
-            place = f"{family.decoder}.prefix_encoder."
-            for name, tensor in family.decoder_of(model).prefix_encoder.named_parameters():
-                found[self.root + place + name] = Slot.of(place + name, tensor)
+        for attached in ATTACHED:
+            module = getattr(family.decoder_of(model), attached, None)
+            for name, tensor in () if module is None else module.named_parameters():
+                place = f"{family.decoder}.{attached}.{name}"
+                found[self.root + place] = Slot.of(place, tensor)
         # A tensor that several layers share is stored once, where it comes first.
         firsts: dict[int, str] = {}
         return {key: slot for key, slot in found.items() if firsts.setdefault(id(slot.tensor), key) == key}

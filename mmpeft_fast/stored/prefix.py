@@ -42,7 +42,7 @@ class PrefixForm(Form):
             projection_width=config.encoder_hidden_size if config.prefix_projection else None,
         )
 
-    def runs_in_hf_peft(self, model, family):
+    def runs_in_hf_peft(self, method, model, family):
         """HF PEFT 0.21 lengthens the attention mask by the prefix, and transformers computes multimodal rotary
         positions from mask and tokens of one length."""
         config = family.decoder_of(model).config

@@ -12,7 +12,7 @@ from mmpeft_fast.methods import Method
 from mmpeft_fast.models import Family, base_model, family_of
 from mmpeft_fast.peft_model import unfuse
 from mmpeft_fast.placement import PARTS
-from mmpeft_fast.stored.form import Slot
+from mmpeft_fast.stored.form import ATTACHED, Slot
 from mmpeft_fast.stored.forms import form_of
 from mmpeft_fast.stored.hf_config import meta_twin, part_names, part_parameters, parts_with
 
@@ -62,8 +62,9 @@ def bare_twin(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         drop_peft(module)
     decoder = family_of(twin).decoder_of(twin)
-    if hasattr(decoder, "prefix_encoder"):
-        del decoder.prefix_encoder
+    for attached in ATTACHED:
+        if hasattr(decoder, attached):
+            delattr(decoder, attached)
     forget_method(twin)
     return twin
 
@@ -78,7 +79,7 @@ def drop_peft(module: nn.Module) -> None:
     """Turns a PeftLinear, or a norm with a widened gain, into what it was; its weight stays as it is. Anything else is
     left alone."""
     if isinstance(module, PeftLinear):
-        del module.branches, module.in_scale, module.out_scale
+        del module.branches, module.in_scale, module.out_scale, module.magnitude
         module.__class__ = module.plain
     elif isinstance(module, WideGain):
         module.__class__ = type(module)._swapped_from

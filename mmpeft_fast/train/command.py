@@ -278,7 +278,7 @@ def _check_results(output: Path, *, resume: bool) -> None:
     if os.path.lexists(result) and not result.is_file():
         raise ValueError(f"{result}: expected a file or nothing, something else is in its place")
     if os.path.lexists(adapter):
-        check_replaceable(adapter)
+        check_replaceable(adapter, "save_peft")
         if not resume:
             raise ValueError(f"{adapter}: expected a new folder for the adapter, there is one already")
 

@@ -317,7 +317,7 @@ def test_growth_goes_along_one_axis(axis, field):
         (["run", "--dtype", "int8"], "--dtype: expected some of bf16, fp16, fp32, got int8"),
         (["run", "--what", "epoch"], "--what: expected some of step, layer, op, got epoch"),
         (["run", "--models", "gpt"], "--models: expected some of llava-1.5-7b"),
-        (["run", "--methods", "dora"], "--methods: expected some of"),
+        (["run", "--methods", "no-such-method"], "--methods: expected some of"),
         (["run", "--implementations", "magic"], "--implementations: expected some of frozen"),
         (["run", "--growth", "width"], "--growth: expected some of tokens, rank, layers, got width"),
         (["run", "--growth", "--sweep", "3"], "--growth, --sweep: expected one of them, got both"),

@@ -104,7 +104,7 @@ def test_text_alone_makes_a_batch_without_images(processor, samples):
     assert batch["supervised_capacity"] > 0 and batch["right_padded"]
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_vl", "internvl"])
 def test_models_take_the_batch_and_padding_side_leaves_the_loss(family, samples):
     tokenizer = train_tokenizer(samples, FAMILIES[family].special_tokens)
     processor = tiny_processor(family, tokenizer)

@@ -6,7 +6,7 @@ import torch
 from mmpeft_fast.data import HOST_HINTS, Collator, Sample, train_tokenizer
 from mmpeft_fast.models import FAMILIES, family_of, load_pretrained, tiny_model, tiny_processor
 
-FAMILY_NAMES = ["llava_next", "llava_onevision", "llama", "mistral", "qwen2", "qwen3"]
+FAMILY_NAMES = ["llava_next", "llava_onevision", "internvl", "llama", "mistral", "qwen2", "qwen3"]
 SAMPLES = [Sample(id="0", questions=("why?",), answers=("because",))]
 
 

@@ -21,7 +21,8 @@ class Call:
         for i, seg in enumerate(self.segments):
             tensors |= {f"{i}.weight": seg.weight, f"{i}.bias": seg.bias, f"{i}.out_scale": seg.out_scale}
             for j, branch in enumerate(seg.branches):
-                tensors |= {f"{i}.{branch.position}{j}.down": branch.down, f"{i}.{branch.position}{j}.up": branch.up}
+                parts = {"down": branch.down, "up": branch.up, "gate": branch.gate}
+                tensors |= {f"{i}.{branch.position}{j}.{name}": tensor for name, tensor in parts.items()}
         tensors |= {name: self.options.get(name) for name in ("gain", "in_scale", "residual")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -35,7 +36,10 @@ class Call:
             Segment(
                 of(seg.weight),
                 of(seg.bias),
-                tuple(branch._replace(down=of(branch.down), up=of(branch.up)) for branch in seg.branches),
+                tuple(
+                    branch._replace(down=of(branch.down), up=of(branch.up), gate=of(branch.gate))
+                    for branch in seg.branches
+                ),
                 of(seg.out_scale),
             )
             for seg in self.segments
@@ -58,6 +62,7 @@ def make_call(
     residual=False,
     num_segments=1,
     dropout=0.0,
+    gate=None,
     lead=(2, 2),
     width=6,
     num_out=5,
@@ -65,6 +70,7 @@ def make_call(
     dtype=torch.float64,
     seed=0,
 ) -> Call:
+    """gate: sizes of each branch's, the last of which divides the rank; None: without."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -77,7 +83,9 @@ def make_call(
 
     def branch(position):
         down = matrix(rank, num_out if position == "post" else width)
-        return Branch(down, matrix(width if position == "pre" else num_out, rank), 1.7, activation, position, dropout)
+        up = matrix(width if position == "pre" else num_out, rank)
+        made = Branch(down, up, 1.7, activation, position, dropout)
+        return made if gate is None else made._replace(gate=random(*gate))
 
     segments = [
         Segment(

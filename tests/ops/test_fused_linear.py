@@ -68,6 +68,52 @@ def test_equals_definition_in_float64(num_segments, dropout, activation):
             assert_exact(grad, true_grads[name], f"{prologue} {positions} d{name}")
 
 
+@pytest.mark.parametrize("gate", [(2, 2, 2), (2, 1, 4), (1, 2, 1)], ids=["by row", "by sample", "by place"])
+@pytest.mark.parametrize("positions", PLACEMENTS[1:], ids="+".join)
+def test_gated_branches(positions, gate):
+    """By row and expert, or broadcast to the rows: autograd's numbers, and the definition's with masks."""
+    call = make_call(prologue="rms_norm", positions=positions, activation="silu", gate=gate, rank=4, bias=True)
+    tensors = call.named_tensors()
+    assert sum(name.endswith("gate") for name in tensors) == len(positions)
+
+    def function(*values):
+        replacement = dict(zip(map(id, tensors.values()), values, strict=True))
+        moved = call.map(lambda tensor: replacement[id(tensor)])
+        return fused_linear(*moved.arguments(), **moved.options)
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
+    for prologue, activation in itertools.product(PROLOGUES, ACTIVATIONS):
+        call = make_call(
+            prologue=prologue, positions=positions, activation=activation, num_segments=2, dropout=0.3, out_scale=True,
+            gate=gate, rank=4,
+        )  # fmt: skip
+        outputs, upstream, grads = run(call, fused_linear)
+        truth, _, true_grads = run(call, fused_linear_ref, upstream=upstream)
+        for actual, expected in zip(outputs, truth, strict=True):
+            assert_exact(actual, expected, f"{prologue} {activation}")
+        for name, grad in grads.items():
+            assert_exact(grad, true_grads[name], f"{prologue} {activation} d{name}")
+
+
+def test_a_gate_alone_is_trained_and_one_hot_gates_choose():
+    """Each row meets the expert that its gate names, as if it were alone with it."""
+    call = make_call(positions=("parallel",), rank=6, gate=(2, 2, 3))
+    names = {id(tensor): name for name, tensor in call.named_tensors().items()}
+    alone = call.map(lambda tensor: tensor.detach().requires_grad_(names[id(tensor)].endswith("gate")))
+    _, upstream, grads = run(alone, fused_linear)
+    assert list(grads) == ["0.parallel0.gate"]
+    assert_exact(grads["0.parallel0.gate"], run(call, fused_linear, upstream=upstream)[2]["0.parallel0.gate"])
+    (segment,) = call.segments
+    (branch,) = segment.branches
+    chosen = torch.tensor([[0, 2], [1, 2]])
+    gate = torch.nn.functional.one_hot(chosen, 3).double()
+    (y,) = as_tuple(fused_linear(call.x[0], [segment._replace(branches=(branch._replace(gate=gate),))]))
+    for row in itertools.product(range(2), range(2)):
+        rows = slice(2 * int(chosen[row]), 2 * int(chosen[row]) + 2)
+        expert = Branch(branch.down[rows], branch.up[:, rows], branch.scaling)
+        assert_exact(y[row], as_tuple(fused_linear(call.x[0][row], [segment._replace(branches=(expert,))]))[0])
+
+
 # Errors of a tiny case are a few coin flips of rounding: they are judged over several draws together.
 SEEDS = range(4)
 
@@ -225,6 +271,14 @@ def test_under_fake_tensors():
         ({"branch": Branch(torch.ones(2, 5), torch.ones(5, 2))}, r"parallel branch with down \[2, 6\]"),
         ({"branch": Branch(torch.ones(2, 6), torch.ones(5, 2), dropout=1.0)}, r"expected dropout in \[0, 1\), got 1.0"),
         ({"branch": Branch(torch.ones(2, 6), torch.ones(5, 2), activation="selu")}, "expected activation in .*'selu'"),
+        (
+            {"branch": Branch(torch.ones(2, 6), torch.ones(5, 2), gate=torch.ones(2, 3))},
+            r"a gate of experts that divide the rank 2 in segment 0, got \[2, 3\]",
+        ),
+        (
+            {"branch": Branch(torch.ones(2, 6), torch.ones(5, 2), gate=torch.ones(3, 2))},
+            r"a gate that can be broadcast to \[2, 'experts'\], got \[3, 2\]",
+        ),
     ],
 )
 def test_errors_say_what_was_expected_and_what_came(change, message):

@@ -29,6 +29,7 @@ LINEARS = {
         "prologue": "swiglu", "positions": ("pre", "post"), "activation": "tanh", "residual": True,
         "frozen": ("weight",),
     },
+    "gated": {"positions": ("parallel", "post"), "rank": 4, "gate": (2, 1, 2), "dropout": 0.2, "activation": "tanh"},
     "ia3": {"prologue": "swiglu", "in_scale": True, "out_scale": True, "frozen": ("weight",)},
     "one input trained": {"prologue": "swiglu", "frozen": ("weight", "x0")},
     "one row": {"prologue": "rms_norm", "positions": ("parallel",), "lead": (1,), "num_segments": 2},

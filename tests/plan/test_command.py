@@ -84,7 +84,7 @@ def test_a_sweep_writes_what_it_prints(tiny, tmp_path, capsys):
         (["--model", "llava-1.5-7b", "--batch-size", "-1"], "batch_size: expected an integer of 1 to 1048576, got -1"),
         (["--model", "llava-1.5-7b", "--seq-len", "0"], "seq_len: expected an integer of 2 to 1048576, got 0"),
         (["--model", "llava-1.5-7b", "--seq-len", "500"], "seq_len: expected at least 578 tokens for 1 images"),
-        (["--model", "llava-1.5-7b", "--method", "dora"], "unknown method 'dora'"),
+        (["--model", "llava-1.5-7b", "--method", "no-such-method"], "unknown method 'no-such-method'"),
         (["--model", "llava-1.5-7b", "--method", "ia3", "--r", "4"], "method 'ia3' has no setting ['r']"),
         (["--model", "llava-1.5-7b", "--implementation", "magic"], "implementation: expected one of ["),
         (["--model", "llava-1.5-7b", "--dtype", "fp8"], "dtype: expected one of ["),

@@ -10,14 +10,15 @@ from mmpeft_fast.ops import dispatch
 from mmpeft_fast.plan.request import Request
 from mmpeft_fast.plan.step import count_step
 from tests.plan.real_step import TINY_IMAGE, measured_step, tiny_config_folder
-from tests.tiny_models import TEXT_FAMILIES, family_method_cases
+from tests.tiny_models import TEXT_FAMILIES, family_method_cases, small_settings
 
 # A branch of rank 8 takes a launch like one of rank 128, and less time in tests.
-SMALL = {"lora": {"r": 8}, "adapter": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 3}}
+SMALL = {"r": 8, "bottleneck": 8}
 
 
 def request(folder: str, method: str = "lora", **fields) -> Request:
-    plain = {"batch_size": 2, "seq_len": 80, "image_size": TINY_IMAGE, "settings": SMALL.get(method, {})}
+    settings = {key: SMALL.get(key, value) for key, value in small_settings(method, dropout=0.05).items()}
+    plain = {"batch_size": 2, "seq_len": 80, "image_size": TINY_IMAGE, "settings": settings}
     return Request(model=folder, method=method, **(plain | fields))
 
 

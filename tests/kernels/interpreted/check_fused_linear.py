@@ -65,6 +65,7 @@ CASES = {
     "ia3": {"in_scale": True, "out_scale": True},
     "adapter pre": {"positions": ("pre",), "num_segments": 2, "activation": "tanh", "dropout": 0.2},
     "adapter post": {"positions": ("post",), "activation": "tanh", "dropout": 0.2, "residual": True},
+    "gated": {**LORA, "num_segments": 2, "activation": "tanh", "gate": (17, 5)},
     "everything": {
         "positions": ("parallel", "parallel", "pre", "post", "post"), "activation": "gelu", "bias": True,
         "out_scale": True, "in_scale": True, "residual": True, "dropout": 0.2,

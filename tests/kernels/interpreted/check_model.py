@@ -14,6 +14,10 @@ SETTINGS = {
     "adapter": {"bottleneck": 8, "dropout": 0.1},
     "prefix": {"num_virtual_tokens": 3},
     "layernorm-simp": {},
+    "lora-fa": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "dora": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "vera": {"r": 5, "dropout": 0.1},
+    "moelora": {"r": 4, "experts": 2, "dropout": 0.1},
 }
 SMALL = "--hidden 32 --intermediate 40 --layers 2 --heads 2 --kv-heads 1 --vocab 50 --seq-len 18 --supervised 0.3"
 
