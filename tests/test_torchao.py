@@ -44,7 +44,9 @@ def test_fused_is_unfused(kind, method):
     model, batch = model_of(FORMATS[kind], method=method), tiny_batch("llama")
     loss, grads = loss_and_grads(model, batch)
     fused = fuse(copy.deepcopy(model))
-    assert not fuse_report(fused).kept
+    report = fuse_report(fused)
+    assert not report.kept and report.formats == dict.fromkeys(report.formats, kind) and len(report.formats) == 2
+    assert f"weights unpacked at every call: {kind} in 2 layers" in str(report)
     for other in (fused, unfuse(copy.deepcopy(fused))):
         other_loss, other_grads = loss_and_grads(other, batch)
         assert abs(other_loss - loss) <= 2e-6 * abs(loss)
