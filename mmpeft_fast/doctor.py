@@ -12,6 +12,10 @@ from mmpeft_fast import __version__
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
 
 
+# Libraries whose storage formats of frozen weights can be read, and those formats.
+FORMATS = {"bitsandbytes": "nf4, fp4, int8 (training on a CPU)", "torchao": "int8 and float8, weight-only"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `mmpeft-fast doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -47,7 +51,8 @@ def diagnosis() -> dict:
     Returns:
         keys `versions`, `cuda` (version torch was built with, or None), `compilers` (name -> path or None), `threads`,
         `devices` (each with `name`, `type`, `memory_bytes`), `providers` (what runs by default: each with `device`,
-        `op`, `provider`, `reason`) and `available_providers` (what `mmpeft_fast.provider` takes, and its state).
+        `op`, `provider`, `reason`), `formats` (libraries whose packed weights can be read: each with `library`,
+        `version` or None, `formats`) and `available_providers` (what `mmpeft_fast.provider` takes, and its state).
     """
     import torch
 
@@ -64,6 +69,10 @@ def diagnosis() -> dict:
             {"device": device["type"], "op": op, "provider": provider, "reason": reason}
             for device in devices
             for op, provider, reason in provider_report(device["type"])
+        ],
+        "formats": [
+            {"library": library, "version": _version(library), "formats": formats}
+            for library, formats in FORMATS.items()
         ],
         "available_providers": dict(available_providers()),
     }
@@ -114,6 +123,10 @@ def _table(report: dict) -> str:
     )
     lines += ["", "Providers, by default"]
     lines += _columns([(row["device"], row["op"], row["provider"], row["reason"]) for row in report["providers"]])
+    lines += ["", "Storage formats of frozen weights that can be read"]
+    lines += _columns(
+        [(row["library"], row["version"] or "not installed", row["formats"]) for row in report["formats"]]
+    )
     lines += ["", "Providers that mmpeft_fast.provider(name) takes"]
     lines += _columns(list(report["available_providers"].items()))
     return "\n".join(lines)

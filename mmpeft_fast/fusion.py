@@ -1,7 +1,8 @@
 """What of a model is fused, what is not, and why: read from the model as it stands, so it is never out of date."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +16,7 @@ from mmpeft_fast.layers.decoder_paths import DecoderPaths
 from mmpeft_fast.layers.graphless import marked_modules
 from mmpeft_fast.layers.reading import read_layer
 from mmpeft_fast.layers.shared_contexts import context_summary
-from mmpeft_fast.layers.sites import Unfusable, check_forward, read_norm
+from mmpeft_fast.layers.sites import Unfusable, check_forward, packed_weights, read_norm
 from mmpeft_fast.models import Family, base_model, family_of
 
 __all__ = ["Candidate", "FuseReport", "Part", "candidates", "fuse_report", "report_of"]
@@ -60,6 +61,8 @@ class FuseReport:
     """In how many calls rows shared what they begin with, where that was asked for, and why not in the others."""
     tail: str | None = None
     """Why a fused loss does not run the last layer at labelled positions alone, if so."""
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """In which storage formats fused decoder layers have their packed weights, by dotted name."""
 
     @property
     def kept(self) -> dict[str, str]:
@@ -89,8 +92,21 @@ class FuseReport:
             "CUDA graphs": self.graphs,
             "made again in the backward": self.recompute,
             "beginnings of rows shared": self.contexts,
+            "weights unpacked at every call": self._formats_said(),
         }
         return "\n".join([*lines, *(f"{what}: {said}" for what, said in more.items() if said is not None)])
+
+    def _formats_said(self) -> str | None:
+        counts = Counter(self.formats.values())
+        return "; ".join(f"{names} in {count} layers" for names, count in counts.items()) or None
+
+
+def _formats_of(layer: nn.Module) -> str:
+    """Names of the formats of a layer's packed weights; empty where none is, or it can be read no more."""
+    try:
+        return ", ".join(sorted({weight.name for weight in packed_weights(layer).values()}))
+    except Unfusable:
+        return ""
 
 
 def _by_reason(kept: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
@@ -113,8 +129,10 @@ def fuse_report(model: nn.Module) -> FuseReport:
         return report_of([Candidate("model", type(base).__name__, base, str(error))])
     found = [seen._replace(reason=seen.reason or (None if is_swapped(seen.module) else _NOT_YET)) for seen in found]
     graphs = next((graphs for seen in found if (graphs := seen.module.__dict__.get("graphs")) is not None), None)
+    fused = [seen for seen in found if seen.part == "decoder layers" and seen.reason is None]
     return replace(
         report_of(found),
+        formats={seen.fqn: names for seen in fused if (names := _formats_of(seen.module))},
         verified=base.__dict__.get("verified"),
         graphs=None if graphs is None else graphs.summary(),
         recompute=next((", ".join(parts) for seen in found if (parts := seen.module.__dict__.get("recompute"))), None),

@@ -12,6 +12,7 @@ from peft.tuners.ia3 import Linear as PeftIA3Linear
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.vera import Linear as PeftVeraLinear
 from torch import nn
@@ -130,17 +131,22 @@ def _read_ln_tuning(module: LNTuningLayer) -> NormSite:
 
 
 def register_readers() -> None:
-    """Lets sites be read on HF PEFT's layers, and on bitsandbytes' where that has been imported."""
+    """Lets sites be read on HF PEFT's layers, and on bitsandbytes' and torchao's where those have been imported."""
     _register_own_readers()
     if "bitsandbytes" in sys.modules:
         from mmpeft_fast import quantised
 
         quantised.register()
+    if "torchao.quantization" in sys.modules:
+        from mmpeft_fast import torchao_weights
+
+        torchao_weights.register()
 
 
 @functools.cache
 def _register_own_readers() -> None:
-    register_linear(PeftLoraLinear, read_lora, "lora_linear")
+    for kind in (PeftLoraLinear, TorchaoLoraLinear):
+        register_linear(kind, read_lora, "lora_linear")
     register_linear(PeftIA3Linear, read_ia3, "ia3_linear")
     register_linear(PeftVeraLinear, read_vera, "vera_linear")
     register_norm(LNTuningLayer, _read_ln_tuning, "ln_tuning")

@@ -22,6 +22,7 @@ from mmpeft_fast.layers.peft_linear import Bottleneck, PeftLinear, can_carry
 from mmpeft_fast.layers.peft_norm import train_gain
 from mmpeft_fast.layers.prefix import PrefixEncoder, attach_prefix
 from mmpeft_fast.layers.shared_contexts import SharedContexts
+from mmpeft_fast.layers.sites import is_packed_tensor, is_plain
 from mmpeft_fast.layers.stacked_weights import owners, stack_linears, unstack
 from mmpeft_fast.layers.tasks import TaskEmbedding, TaskGate, attach_tasks
 from mmpeft_fast.methods import Method, make_method
@@ -169,10 +170,11 @@ def check_trainable(model: nn.Module, family: Family, parts: set[str]) -> None:
     """Raises ValueError for a part whose weights are stored as integers, as those of quantised layers are."""
     for module in part_modules(model, family, parts):
         for name, parameter in module.named_parameters():
-            if not parameter.is_floating_point():
+            if is_packed_tensor(parameter):
+                stored = parameter.dtype if is_plain(parameter) else type(parameter.data).__name__
                 raise ValueError(
                     f"{type(module).__name__}: expected floating-point weights to train, got {name} quantised to "
-                    f"{parameter.dtype}; leave that layer out when quantising (llm_int8_skip_modules)"
+                    f"{stored}; leave that layer out when quantising (llm_int8_skip_modules)"
                 )
 
 

@@ -98,6 +98,7 @@ def test_doctor_tells_versions_devices_and_providers(capsys):
         row.keys() == {"device", "op", "provider", "reason"} for row in report["providers"]
     )
     assert report["available_providers"]["torch"] == "installed"
+    assert {row["library"] for row in report["formats"]} == {"bitsandbytes", "torchao"}
 
     assert cli.main(["doctor"]) == 0
     table = capsys.readouterr().out

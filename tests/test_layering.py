@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmpeft_fast"
 CORE = {"methods", "models", "layers", "ops", "mmpeft_kernels"}
-PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "quantised", "stored"}
+PEFT_MODEL = {"peft_model", "fusion", "verify", "small_batches", "hf_peft", "quantised", "stored", "torchao_weights"}
 # Leaves that every part may import.
 SHARED = {
     "atomic",

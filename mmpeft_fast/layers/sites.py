@@ -144,13 +144,11 @@ def read_linear(module: nn.Module) -> LinearSite:
     return reader(module)
 
 
-def _check_weight(module: nn.Linear) -> None:
+def _read_plain_linear(module: nn.Linear) -> LinearSite:
+    if type(module.weight) in _WEIGHT_READERS:
+        return _WEIGHT_READERS[type(module.weight)](module)
     if not is_plain(module.weight):
         raise Unfusable(f"a weight is a {type(module.weight).__name__}; expected a plain tensor (fuse before sharding)")
-
-
-def _read_plain_linear(module: nn.Linear) -> LinearSite:
-    _check_weight(module)
     return LinearSite(Segment(module.weight, module.bias))
 
 
@@ -165,6 +163,17 @@ def read_peft_linear(module: PeftLinear) -> LinearSite:
     return LinearSite(module.on(reader(module).segment), module.in_scale)
 
 
+def is_packed_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor holds elements in a format that is unpacked to be multiplied, whatever dtype it says it has."""
+    return type(tensor) in _WEIGHT_READERS or not tensor.is_floating_point()
+
+
+def _may_be_packed(linear: nn.Linear) -> bool:
+    """Whether reading a layer could give packed weights; a plain one may be in any state."""
+    kind = type(linear)
+    return kind in _LINEAR_READERS and (kind is not nn.Linear or type(linear.weight) in _WEIGHT_READERS)
+
+
 def packed_weights(module: nn.Module) -> dict[nn.Linear, PackedWeight]:
     """The linear layers below a module whose weights are packed, without what is around them or on them.
 
@@ -173,7 +182,7 @@ def packed_weights(module: nn.Module) -> dict[nn.Linear, PackedWeight]:
     """
     found = {}
     for inner in module.modules():
-        if isinstance(inner, nn.Linear) and type(inner) is not nn.Linear and type(inner) in _LINEAR_READERS:
+        if isinstance(inner, nn.Linear) and _may_be_packed(inner):
             weight = read_linear(inner).segment.weight
             if isinstance(weight, PackedWeight):
                 found[inner] = weight
@@ -198,12 +207,19 @@ _LINEAR_READERS: dict[type, tuple[Callable[[nn.Module], LinearSite], str]] = {
     nn.Linear: (_read_plain_linear, "linear"),
     PeftLinear: (read_peft_linear, "peft_linear"),
 }
+# By the type of the weight of a plain linear layer, where a format is a tensor's and not a layer's.
+_WEIGHT_READERS: dict[type, Callable[[nn.Module], LinearSite]] = {}
 _NORM_READERS: dict[type, tuple[Callable[[nn.Module], NormSite], str]] = {}
 
 
 def register_linear(kind: type, reader: Callable[[nn.Module], LinearSite], role: str) -> None:
     """Makes modules of exactly this type linear sites; role: what the type's forward is known as."""
     _LINEAR_READERS[kind] = reader, role
+
+
+def register_weight(kind: type, reader: Callable[[nn.Module], LinearSite]) -> None:
+    """Makes plain linear layers whose weights are of exactly this type linear sites."""
+    _WEIGHT_READERS[kind] = reader
 
 
 def register_norm(kind: type, reader: Callable[[nn.Module], NormSite], role: str) -> None:

@@ -75,8 +75,8 @@ def merge_peft(model: nn.Module, folder: str | Path | None = None, *, dequantise
         raise ValueError(
             f"merge_peft: expected dense weights or dequantise=True, {name} is in {site.segment.weight.name}"
         )
-    if dequantise and find_spec("bitsandbytes") is None:
-        raise ValueError("merge_peft: dequantise=True expects a model that bitsandbytes quantised, it is not installed")
+    if dequantise:
+        _check_dequantisable(packed)
 
     unfuse(model)
     with torch.no_grad():
@@ -185,6 +185,18 @@ def _fold_bias(linear: nn.Linear, site: LinearSite) -> None:
 
 def _is_packed(site: LinearSite) -> bool:
     return isinstance(site.segment.weight, PackedWeight)
+
+
+def _check_dequantisable(packed: list[_Fold]) -> None:
+    """Raises ValueError where a fold's weight is in a format that nothing here makes a dense layer of."""
+    expected = "merge_peft: dequantise=True expects a model that bitsandbytes quantised"
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{expected}, it is not installed")
+    from mmpeft_fast import quantised
+
+    for name, _, site in packed:
+        if site.segment.weight.name not in quantised.FORMATS:
+            raise ValueError(f"{expected}, {name} is in {site.segment.weight.name}")
 
 
 def _dequantised(base: nn.Module, folds: list[_Fold], packed: list[_Fold]) -> list[_Fold]:
