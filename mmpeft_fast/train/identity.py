@@ -43,6 +43,7 @@ def run_identity(
     dataset: Sequence[Sample],
     collator: Collator,
     *,
+    num_processes: int,
     num_steps: int,
     device_type: str,
 ) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def run_identity(
     their files' content; everything else stands there as it is, so that a difference can be named.
     """
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_FIELDS}
+    # Of all processes together: a run goes on in another number of them that cuts its steps into the same passes.
+    identity["batch_size"] = config.batch_size * num_processes
     identity |= {"num_samples": len(dataset), "steps": num_steps, "device": device_type}
     identity["method"] = _method(model)
     identity["model"] = _model(model)

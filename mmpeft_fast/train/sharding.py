@@ -3,6 +3,8 @@
 What is written is whole, so that a run can go on in any number of processes, spread or not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,16 @@ def shard(model: nn.Module) -> nn.Module:
     for layer in family_of(base).layers_of(base):
         fully_shard(layer)
     return fully_shard(model)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """What lies around a spread model's decoder layers is whole inside: generation calls the tower by itself."""
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def whole(tree: Any) -> Any:

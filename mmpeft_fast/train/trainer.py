@@ -245,6 +245,7 @@ class _Run:
                         config,
                         dataset,
                         collator,
+                        num_processes=order.num_processes,
                         num_steps=self.num_steps,
                         device_type=accelerator.device.type,
                     )

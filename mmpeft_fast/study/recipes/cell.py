@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from mmpeft_fast.study.process import child_main
 from mmpeft_fast.study.recipes.recipe import Data, RecipeCell
 from mmpeft_fast.train import TrainConfig, generate_answers, seed_everything, train
 from mmpeft_fast.train.log import LOG, peak_mib
+from mmpeft_fast.train.sharding import gathered
 
 WARMUP_STEPS = 4  # steps whose time does not count
 CHECKPOINTS = 10  # of a training run
@@ -112,7 +114,8 @@ def _answers(model: nn.Module, collator: Collator, samples: list, tokens: int, *
     and no pass without the others."""
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     if world == 1 or shard:
-        return generate_answers(model, collator, samples, max_new_tokens=tokens)
+        with gathered(model) if shard else nullcontext():
+            return generate_answers(model, collator, samples, max_new_tokens=tokens)
     mine = generate_answers(model, collator, samples[rank::world], max_new_tokens=tokens)
     numbered = gather_object(list(zip(range(rank, len(samples), world), mine, strict=True)))
     return [answer for _, answer in sorted(numbered)]
@@ -176,8 +179,10 @@ def _train(
     order = {"order": "by-image"} if cell.questions_per_image > 1 else {}
     family = family_of(base_model(model)).name
     config = TrainConfig.for_study(cell.method, family, seed=cell.seed, **{**order, **cell.training, "shard": shard})
-    share = config.global_batch_size // int(os.environ.get("WORLD_SIZE", 1))  # of a process in a step
-    largest = min(config.batch_size if micro_batch is None else micro_batch, share)
+    # A cell's micro-batch is that of all processes together, so that it can go on in another number of them.
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = max(1, config.global_batch_size // num_processes)
+    largest = max(1, (config.batch_size if micro_batch is None else micro_batch) // num_processes)
     config = replace(config, batch_size=next(size for size in range(largest, 0, -1) if share % size == 0))
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
     num_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
@@ -194,7 +199,7 @@ def _train(
         started = time.perf_counter()
 
     # Which micro-batches a step is cut into is part of a run.
-    output = None if folder is None else folder / f"train-{config.batch_size * int(os.environ.get('WORLD_SIZE', 1))}"
+    output = None if folder is None else folder / f"train-{config.batch_size * num_processes}"
     result = train(
         model, config, samples, collator, output=output, resume=output is not None, progress=False,
         cpu=device == "cpu", after_step=after_step,
@@ -206,7 +211,7 @@ def _train(
     tokens = result.tokens / result.steps
     losses = result.losses if output is None else [row["loss"] for _, row in lines(output / LOG)]
     return {
-        "micro_batch": config.batch_size,
+        "micro_batch": config.batch_size * num_processes,
         "steps": result.steps,
         "num_samples": len(samples),
         "step_ms_p50": step_ms,
