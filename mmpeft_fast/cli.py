@@ -11,6 +11,7 @@ import sys
 from typing import NoReturn
 
 from mmpeft_fast import __version__
+from mmpeft_fast.memory_errors import ALLOCATOR, is_out_of_memory
 from mmpeft_fast.plugins import load_plugins
 
 # name: (module, one line of help)
@@ -30,10 +31,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
-
-
-# How torch's CPU allocator begins what it says when it finds no memory; the exception is a plain RuntimeError.
-_ALLOCATOR = "DefaultCPUAllocator: "
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory: {_sentence(error).rpartition(_ALLOCATOR)[2]}", file=sys.stderr)
+        print(f"error: out of memory: {_sentence(error).rpartition(ALLOCATOR)[2]}", file=sys.stderr)
         return 2
 
 
@@ -93,11 +90,6 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch on a GPU or torch on a CPU (which has no class for it) found no memory."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in str(error)
 
 
 def _sentence(error: Exception) -> str:

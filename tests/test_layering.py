@@ -23,6 +23,7 @@ SHARED = {
     "json_text",
     "labels",
     "measure",
+    "memory_errors",
     "pages",
     "patch_grids",
     "placement",
@@ -60,6 +61,7 @@ ALLOWED = {
     "fields": set(),
     "json_text": set(),
     "measure": set(),
+    "memory_errors": set(),
     "pages": set(),
     "closeness": set(),
 }

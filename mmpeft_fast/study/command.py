@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from mmpeft_fast.study.cells import AXES, DEVICES, DTYPES, IMPLEMENTATIONS, METHODS, TINY_MODELS, StudyConfig
+from mmpeft_fast.study.rows import SUCCESS
 
 # What the study does besides running, and the module that does it.
 ACTIONS = {
@@ -22,10 +23,10 @@ examples:
   mmpeft-fast study --data mine.json --images pictures/     your own conversations
   mmpeft-fast study --base path/to/llava-1.5-7b --dtype bf16 --steps 20 --batch-size 4
   mmpeft-fast study --recipe location --small               an experiment of the papers, on the tiny models
-  mmpeft-fast study --report-only                           write the report again from results.jsonl
+  mmpeft-fast study --report-only                           write the report again from the rows
 
-Cells that are in results.jsonl already are skipped; Ctrl-C keeps what is done, and the same command goes on.
-A cell that fails is a row with its reason, and the exit code is 1 in the end.
+Cells that have a row in OUTPUT/cells already are skipped; Ctrl-C keeps what is done, and the same command goes on.
+A cell that fails is a row with its reason (out of memory: oom), and the exit code is 1 in the end.
 """
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {name: field.default for name, field in StudyConfig.__dataclass_fields__.items()}
     parser.description = (
         "Fine-tunes each model with each method, by HF PEFT and fused, beside the frozen model's forward + dX, and "
-        "writes results.jsonl, report.html and a table."
+        "writes a row a cell, results.jsonl, report.html and a table."
     )
     parser.epilog = EPILOG
     actions = parser.add_subparsers(dest="action", metavar="ACTION", help="in place of a run:")
@@ -72,6 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a record that cannot be used ends its cell (default: skipped)",
     )
 
+    recipes.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="data-parallel processes of a cell (default: 1)"
+    )
+    recipes.add_argument("--shard", action="store_true", help="spread a cell's model over its processes (FSDP2)")
+    recipes.add_argument(
+        "--halve-on-oom",
+        action="store_true",
+        help="run a cell out of memory again with half of its micro-batch, at the same batch a step",
+    )
+
     inputs = parser.add_argument_group("models and data")
     inputs.add_argument("--base", metavar="PATH|NAME", help="a real checkpoint in place of the tiny models")
     inputs.add_argument("--data", type=Path, metavar="FILE", help="conversations in LLaVA's JSON (default: easy-vqa)")
@@ -91,9 +102,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--device", choices=DEVICES, help="default: cuda where there is one")
     settings.add_argument("--dtype", choices=DTYPES, default=defaults["dtype"], help="default: fp32")
 
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="on a Ray cluster (extra `ray`), many cells at once",
+    )
+    running.add_argument(
+        "--gpus-per-cell",
+        type=float,
+        metavar="G",
+        help="with --ray: GPUs of a cell; below 1, cells share one (default: 1 where --device is cuda)",
+    )
+
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("results/study"), help="folder (default: results/study)")
-    output.add_argument("--report-only", action="store_true", help="run nothing, write the report from results.jsonl")
+    output.add_argument("--report-only", action="store_true", help="run nothing, write the report from the rows")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,26 +130,43 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is not None:
         from mmpeft_fast.study.recipes.command import run_named
 
-        return run_named(args, threads=args.threads or _num_cores(), device=_device(args.device))
+        threads, device = args.threads or _num_cores(), _device(args.device)
+        return run_named(args, threads=threads, device=device, runner=_runner(args))
     from mmpeft_fast.study.report import write_report
-    from mmpeft_fast.study.run import RESULTS_NAME, newest_rows, read_rows, run_study
+    from mmpeft_fast.study.rows import RESULTS_NAME, read_rows
+    from mmpeft_fast.study.run import newest_rows, run_study
     from mmpeft_fast.study.table import terminal_table
 
     results_path = args.output / RESULTS_NAME
     if args.report_only:
-        rows = newest_rows(read_rows(results_path))
+        rows = newest_rows(read_rows(args.output))
         if not rows:
-            raise ValueError(f"--report-only: expected rows in {results_path}, found none; run the study first")
+            raise ValueError(f"--report-only: expected rows in {args.output}, found none; run the study first")
         rows_from = "read"
     else:
         started = time.monotonic()
-        rows = run_study(_config(args))
+        rows = run_study(_config(args), _runner(args))
         minutes, seconds = divmod(round(time.monotonic() - started), 60)
         rows_from = f"{minutes}:{seconds:02d} min"
     report_path = write_report(rows, args.output)
     print(terminal_table(rows))
     print(f"\nreport   {report_path}\nresults  {results_path} ({len(rows)} rows, {rows_from})")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    return 0 if all(row["status"] == SUCCESS for row in rows) else 1
+
+
+def _runner(args: argparse.Namespace):
+    """Where the cells run: here in turn, or on the cluster of --ray."""
+    from mmpeft_fast.study.in_turn import InTurn
+    from mmpeft_fast.study.on_ray import OnRay
+
+    if args.ray is None:
+        if args.gpus_per_cell is not None:
+            raise ValueError(f"--gpus-per-cell: expected only beside --ray, got {args.gpus_per_cell}")
+        return InTurn()
+    gpus = (0.0 if _device(args.device) == "cpu" else 1.0) if args.gpus_per_cell is None else args.gpus_per_cell
+    if not 0 <= gpus <= 1024:
+        raise ValueError(f"--gpus-per-cell: expected 0 to 1024, got {gpus}")
+    return OnRay(args.ray or None, gpus=gpus)
 
 
 def _config(args: argparse.Namespace) -> StudyConfig:
@@ -175,7 +218,8 @@ def _check_recipe_options(args: argparse.Namespace) -> None:
         "implementations": None,
         "axes": None,
     }
-    only_with = dict.fromkeys(("small", "refuse_bad_records"), False) | dict.fromkeys(("checkpoints", "datasets"))
+    only_with = dict.fromkeys(("small", "refuse_bad_records", "shard", "halve_on_oom"), False)
+    only_with |= dict.fromkeys(("checkpoints", "datasets")) | {"processes": 1}
     for name, default in (only_with if args.recipe is None else defaults).items():
         if getattr(args, name) != default:
             beside = "only beside" if args.recipe is None else "not beside"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmpeft_fast.study.rows import SUCCESS
+
 # What is compared: a row's number, and whether more of it is worse.
 MORE_IS_WORSE = {
     "step_ms_p50": True,
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if not common:
         raise ValueError(f"{args.a} and {args.b}: expected cells that both have, found none")
     changes = [change for cell in common for change in _changes(cell, names, first[cell], second[cell])]
-    lost = [name for name, row in first.items() if row["status"] == "ok" and second.get(name, {}).get("status") != "ok"]
+    done = [{name for name, row in rows.items() if row["status"] == SUCCESS} for rows in (first, second)]
+    lost = [name for name in first if name in done[0] - done[1]]
     new = [name for name in second if name not in first]
     if args.json:
         print(json.dumps({"changes": changes, "lost": lost, "new": new}, indent=1))
@@ -62,12 +65,11 @@ def run(args: argparse.Namespace) -> int:
 def _rows(path: Path) -> dict[str, dict]:
     """The newest row of each cell, by its name, of a folder or a file."""
     from mmpeft_fast.study.cells import cell_name
-    from mmpeft_fast.study.run import RESULTS_NAME, read_rows
+    from mmpeft_fast.study.rows import read_rows
 
-    path = path / RESULTS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a study's results, found no such file")
     rows = sorted(read_rows(path), key=lambda row: row["time"])
+    if not rows:
+        raise ValueError(f"{path}: expected a study's results, found none")
     return {cell_name(row): row for row in rows}
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from mmpeft_fast.atomic import write_text
 from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS, cell_name
 from mmpeft_fast.study.charts import ratio_chart, sparkline
+from mmpeft_fast.study.rows import SUCCESS
 from mmpeft_fast.study.table import (
     COLUMNS,
     LOSS,
@@ -151,7 +152,7 @@ def _figures(rows: list[dict]) -> str:
         ratios = [_ratio(fused, None, name) / _ratio(peft, None, name) for peft, fused in pairs]
         if ratios:
             tiles.append((f"{statistics.median(ratios):.2f}×", f"{title.lower()}, fused over peft"))
-    fused_rows = [row for row in rows if row["implementation"] == "fused" and row["status"] == "ok"]
+    fused_rows = [row for row in rows if row["implementation"] == "fused" and row["status"] == SUCCESS]
     if fused_rows and frozen:
         ratio = statistics.median(time_ratio(row) for row in fused_rows)
         tiles.append((f"{ratio:.2f}×", "step time, fused over frozen"))
@@ -162,7 +163,7 @@ def _figures(rows: list[dict]) -> str:
 
 def _pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """(peft, fused) of every model and method that has both."""
-    done = {(row["model"], row["method"], row["implementation"]): row for row in rows if row["status"] == "ok"}
+    done = {(row["model"], row["method"], row["implementation"]): row for row in rows if row["status"] == SUCCESS}
     keys = [key for key in done if key[2] == "peft" and (*key[:2], "fused") in done]
     return [(done[key], done[*key[:2], "fused"]) for key in keys]
 
@@ -200,7 +201,7 @@ def _warnings(rows: list[dict], own: list[dict]) -> str:
         warnings.append(
             f"These rows come from {len(settings)} different settings, devices or versions; compare with care."
         )
-    failed = sum(row["status"] != "ok" for row in rows)
+    failed = sum(row["status"] != SUCCESS for row in rows)
     if failed:
         warnings.append(f"{failed} of {len(rows)} cells failed; the table gives the reasons.")
     return "".join(f"<p class=warning>{escape(text)}</p>\n" for text in warnings)
@@ -212,7 +213,7 @@ def _model_section(model: str, rows: list[dict]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != NO_METHOD))
     charts = []
     for title, name in CHARTS:
-        if not methods or (name != "step_ms_p50" and (frozen is None or frozen["status"] != "ok")):
+        if not methods or (name != "step_ms_p50" and (frozen is None or frozen["status"] != SUCCESS)):
             continue  # without a frozen row there is nothing to relate memory to
         groups = [
             (method, [(bar, _ratio(by_cell[method, bar], frozen, name)) for bar in BARS if (method, bar) in by_cell])
@@ -230,7 +231,7 @@ def _model_section(model: str, rows: list[dict]) -> str:
 
 def _model_line(rows: list[dict]) -> str:
     """The model's size and the tokens of its batches."""
-    row = next((row for row in rows if row["status"] == "ok"), None)
+    row = next((row for row in rows if row["status"] == SUCCESS), None)
     if row is None:
         return "No cell of this model succeeded."
     return (
@@ -249,12 +250,12 @@ def _table_section(rows: list[dict]) -> str:
     for row in rows:
         begins = next((name for name in ("model", "method") if row[name] != previous[name]), "")
         previous = row
-        shown = columns if row["status"] == "ok" else names
+        shown = columns if row["status"] == SUCCESS else names
         cells = "".join(
             f"<td{_class(column)}{_key(column, row)}>{escape(column.text(row))}{_curve(column, row)}</td>"
             for column in shown
         )
-        if row["status"] != "ok":
+        if row["status"] != SUCCESS:
             reason = escape(f"{row['status']}: {row['reason']}")
             cells += f'<td colspan={len(columns) - len(names)} class="failed">{reason}</td>'
         body.append(f'\n<tr class="{row["implementation"]} {begins}">{cells}</tr>')

@@ -1,17 +1,15 @@
-"""Runs the study: makes the bases, runs every cell that has no row yet, and keeps one row a cell in results.jsonl."""
+"""Runs the study: makes the bases, runs every cell that has no row yet, and keeps one row a cell."""
 
 import json
 import shlex
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mmpeft_fast.atomic import write_text
 from mmpeft_fast.doctor import device_name, versions
-from mmpeft_fast.json_text import parse
 from mmpeft_fast.study.cells import (
     MAJORITY,
     NO_METHOD,
@@ -22,11 +20,12 @@ from mmpeft_fast.study.cells import (
     cell_name,
     plan,
 )
+from mmpeft_fast.study.in_turn import InTurn, Runner
 from mmpeft_fast.study.inputs import Inputs, majority_accuracy, prepare_inputs
-from mmpeft_fast.study.process import run_job
+from mmpeft_fast.study.process import Job, run_job
 from mmpeft_fast.study.progress import Progress
+from mmpeft_fast.study.rows import CANCELLED, FAILED, OOM, SUCCESS, file_name, read_rows, store_plan, store_row
 
-RESULTS_NAME, PLAN_NAME = "results.jsonl", "plan.json"
 # What a cell measures; a failed cell's row holds None for each.
 MEASURED = (
     "baseline",
@@ -47,70 +46,71 @@ MEASURED = (
 )
 
 
-def run_study(config: StudyConfig) -> list[dict]:
-    """Runs every cell of the plan that has no successful row yet, one after another, each in a fresh process.
+def run_study(config: StudyConfig, runner: Runner | None = None) -> list[dict]:
+    """Runs every cell of the plan that has no successful row yet, each in fresh processes.
 
     Args:
-        config: what to run, and the folder for results.jsonl, logs and base models.
+        config: what to run, and the folder for rows, logs and base models.
+        runner: where and in which order; None: one after another here.
 
     Returns:
-        the rows of the plan, in its order, as results.jsonl holds them; a failed cell has `status` and `reason`.
+        the rows of the plan, in its order; one that has not succeeded has `status` and `reason`.
 
     Raises:
-        ValueError: the user's conversations, checkpoint or an existing results.jsonl cannot be read; nothing has run.
+        ValueError: the user's conversations or checkpoint cannot be read; nothing has run.
         KeyboardInterrupt: after Ctrl-C; what is done is kept, and its message says how to go on.
     """
-    results_path = config.output / RESULTS_NAME
-    rows = {row["spec_key"]: row for row in read_rows(results_path)}
+    runner = InTurn() if runner is None else runner
+    rows = {row["spec_key"]: row for row in read_rows(config.output)}
     inputs = prepare_inputs(data=config.data, images=config.images, eval_samples=config.eval_samples)
     bases, cells = plan(config)
-    pending = [cell for cell in cells if config.redo or rows.get(cell.key, {}).get("status") != "ok"]
+    pending = [cell for cell in cells if config.redo or rows.get(cell.key, {}).get("status") != SUCCESS]
     wanted = {cell.base for cell in pending}
     missing = [base for base in bases if base.key in wanted and not base_folder(config, base).exists()]
     (config.output / "logs").mkdir(parents=True, exist_ok=True)
     store_plan(config.output, {cell.key: cell.name for cell in cells})
 
-    # Cells that are not timed share a process, which comes last.
-    together = [cell for cell in pending if not cell.timed]
-    pending = [cell for cell in pending if cell.timed] + together
-    kinds = ["untimed cell" if cell in together else "cell" for cell in pending]
+    alone = [cell for cell in pending if cell.timed or not runner.shares_processes]
+    together = [cell for cell in pending if cell not in alone]
+    guessed = [cell for cell in pending if cell.implementation == MAJORITY]  # no model's work
+    kinds = ["untimed cell" if not cell.timed else "cell" for cell in alone + together if cell not in guessed]
     progress = Progress(["base"] * len(missing) + kinds)
-    num_done = 0
+    left = {cell.key: cell for cell in pending}
+    is_running = False
 
     def keep(cell: CellSpec, outcome: dict, elapsed_s: float) -> None:
-        nonlocal num_done
         row = _row(config, cell, outcome, elapsed_s=elapsed_s)
-        if row["status"] == "failed":
-            progress.say(f"failed: {cell.name}: {row['reason']}")
-        store_row(results_path, row)
-        num_done += 1
+        if row["status"] in (FAILED, OOM):
+            progress.say(f"{row['status']}: {cell.name}: {row['reason']}")
+        store_row(config.output, row)
+        left.pop(cell.key)
 
     try:
+        for cell in guessed:
+            keep(cell, {"status": SUCCESS, "accuracy": _guessed(cell, inputs)}, 0.0)
         broken = {base.key: reason for base in missing if (reason := make_base(config, base, inputs, progress))}
+        for cell in [cell for cell in left.values() if cell.base in broken]:
+            progress.start(cell.name)
+            progress.finish()
+            keep(cell, {"status": FAILED, "reason": f"no base model: {broken[cell.base]}"}, 0.0)
         folders = {base.key: str(base_folder(config, base)) for base in bases}
-        for cell in pending[: len(pending) - len(together)]:
-            _run_cell(cell, inputs, folders.get(cell.base, cell.base), broken, config, progress, keep)
-        _run_together(together, inputs, folders, broken, config, progress, keep)
+        alone = [cell for cell in alone if cell.key in left]
+        jobs = [(cell.name, _job(config, cell, inputs, folders.get(cell.base, cell.base))) for cell in alone]
+        is_running = True
+        with closing(runner.run(jobs, progress)) as all_ended:
+            for ended in all_ended:
+                keep(alone[ended.index], ended.outcome, ended.elapsed_s)
+        _run_together([cell for cell in together if cell.key in left], inputs, folders, config, progress, keep)
     except KeyboardInterrupt:
-        message = f"{num_done} of {len(pending)} cells are done; the same command goes on from here"
+        cell = next(iter(left.values()), None)
+        if is_running and cell is not None and cell.key not in rows:
+            store_row(config.output, _row(config, cell, {"status": CANCELLED, "reason": "interrupted"}, elapsed_s=0.0))
+        message = f"{len(pending) - len(left)} of {len(pending)} cells are done; the same command goes on from here"
         raise KeyboardInterrupt(message) from None
     finally:
         progress.clear()
-    rows = {row["spec_key"]: row for row in read_rows(results_path)}
+    rows = {row["spec_key"]: row for row in read_rows(config.output)}
     return [rows[cell.key] for cell in cells]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a results file; none if there is no such file. Raises ValueError for a line that is not a row."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = parse(line, f"{path} line {number}")
-        if not isinstance(row, dict) or not {"spec_key", "status", "model", "method", "implementation"} <= row.keys():
-            raise ValueError(f"{path} line {number}: expected a row of the study, got {line[:40]!r}")
-        rows.append(row)
-    return rows
 
 
 def newest_rows(rows: list[dict]) -> list[dict]:
@@ -128,17 +128,6 @@ def _usual_order() -> list[str]:
     return [cell.name for cell in plan(StudyConfig(output=Path(), models=(next(iter(TINY_MODELS)),)))[1]]
 
 
-def store_plan(folder: Path, cells: dict[str, str]) -> None:
-    """Writes down which cells a run has, by key and name, so that `study status` knows what is still to come."""
-    write_text(folder / PLAN_NAME, json.dumps(cells, indent=1))
-
-
-def store_row(path: Path, row: dict) -> None:
-    """Puts a row into the file in place of an older one of the same cell; the file is seen whole or not at all."""
-    rows = [old for old in read_rows(path) if old["spec_key"] != row["spec_key"]] + [row]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def base_folder(config: StudyConfig, base: BaseSpec) -> Path:
     return config.output / "bases" / f"{base.model}-{base.key}"
 
@@ -147,77 +136,44 @@ def make_base(config: StudyConfig, base: BaseSpec, inputs: Inputs, progress: Pro
     """Makes one base; returns the reason if that failed."""
     folder = base_folder(config, base)
     folder.parent.mkdir(exist_ok=True)
-    job = {
+    spec = {
         "spec": asdict(base),
         "inputs": asdict(inputs),
         "eval_samples": config.eval_samples,
         "threads": config.threads,
         "folder": str(folder),
     }
+    log = config.output / "logs" / f"{folder.name}.log"
     progress.start(f"{base.model} base model")
-    outcome = run_job(
-        "mmpeft_fast.study.base",
-        job,
-        log_path=config.output / "logs" / f"{folder.name}.log",
-        threads=config.threads,
-        offline=True,
-        tick=progress.tick,
-    )
+    outcome = run_job(Job(module="mmpeft_fast.study.base", spec=spec, log=log, threads=config.threads), progress.tick)
     progress.finish()
     return outcome.get("reason")
 
 
-def _run_cell(
-    cell: CellSpec,
-    inputs: Inputs,
-    base: str,
-    broken: dict[str, str],
-    config: StudyConfig,
-    progress: Progress,
-    keep: Callable[[CellSpec, dict, float], None],
-) -> None:
-    """Runs one cell in a process of its own."""
-    started = time.monotonic()
-    progress.start(cell.name)
-    if cell.base in broken:
-        outcome = {"status": "failed", "reason": f"no base model: {broken[cell.base]}"}
-    else:
-        outcome = run_job(
-            "mmpeft_fast.study.cell",
-            {"spec": asdict(cell), "inputs": asdict(inputs), "base": base},
-            log_path=config.output / "logs" / f"{cell.name.replace('/', '_').replace(' ', '-')}-{cell.key}.log",
-            threads=cell.threads,
-            offline=cell.model in TINY_MODELS,
-            tick=progress.tick,
-        )
-    progress.finish()
-    keep(cell, outcome, time.monotonic() - started)
+def _guessed(cell: CellSpec, inputs: Inputs) -> float:
+    return majority_accuracy(inputs, cell.task, eval_samples=cell.eval_samples)
+
+
+def _job(config: StudyConfig, cell: CellSpec, inputs: Inputs, base: str) -> Job:
+    return Job(
+        module="mmpeft_fast.study.cell",
+        spec={"spec": asdict(cell), "inputs": asdict(inputs), "base": base},
+        log=config.output / "logs" / f"{file_name(cell.name)}-{cell.key}.log",
+        threads=cell.threads,
+        offline=cell.model in TINY_MODELS,
+    )
 
 
 def _run_together(
     cells: list[CellSpec],
     inputs: Inputs,
     bases: dict[str, str],
-    broken: dict[str, str],
     config: StudyConfig,
     progress: Progress,
     keep: Callable[[CellSpec, dict, float], None],
 ) -> None:
     """Runs cells of one tiny base in one process; a cell is kept as soon as it has ended."""
-    guessed = [cell for cell in cells if cell.implementation == MAJORITY]
-    for cell in guessed:
-        progress.start(cell.name)
-        accuracy = majority_accuracy(inputs, cell.task, eval_samples=cell.eval_samples)
-        progress.finish()
-        keep(cell, {"status": "ok", "accuracy": accuracy}, 0.0)
-    cells = [cell for cell in cells if cell not in guessed]
     if not cells:
-        return
-    if cells[0].base in broken:
-        for cell in cells:
-            progress.start(cell.name)
-            progress.finish()
-            keep(cell, {"status": "failed", "reason": f"no base model: {broken[cell.base]}"}, 0.0)
         return
     with tempfile.TemporaryDirectory() as folder:
         left = dict(enumerate(cells))
@@ -233,15 +189,14 @@ def _run_together(
             progress.tick()
 
         progress.start(cells[0].name)
-        job = {"specs": [asdict(cell) for cell in cells], "inputs": asdict(inputs), "folder": folder}
-        outcome = run_job(
-            "mmpeft_fast.study.cell",
-            {**job, "base": bases[cells[0].base]},
-            log_path=config.output / "logs" / f"untimed-{cells[0].base}.log",
+        spec = {"specs": [asdict(cell) for cell in cells], "inputs": asdict(inputs), "folder": folder}
+        job = Job(
+            module="mmpeft_fast.study.cell",
+            spec={**spec, "base": bases[cells[0].base]},
+            log=config.output / "logs" / f"untimed-{cells[0].base}.log",
             threads=config.threads,
-            offline=True,
-            tick=take,
         )
+        outcome = run_job(job, take)
         take()
         for cell in list(left.values()):  # the process has died
             progress.finish()

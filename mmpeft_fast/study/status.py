@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from mmpeft_fast.study.rows import CANCELLED, CELLS, PLAN_NAME, SUCCESS, read_rows
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `study status`."""
@@ -13,13 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the state of every run; returns 1 where a cell failed. Raises ValueError where there is no run."""
-    from mmpeft_fast.study.run import PLAN_NAME, RESULTS_NAME
-
-    found = {path.parent for name in (PLAN_NAME, RESULTS_NAME) for path in args.folder.rglob(name)}
+    found = {path.parent for name in (PLAN_NAME, CELLS) for path in args.folder.rglob(name)}
     if not found:
-        raise ValueError(
-            f"{args.folder}: expected the output folder of a study, found no {PLAN_NAME} or {RESULTS_NAME}"
-        )
+        raise ValueError(f"{args.folder}: expected the output folder of a study, found no {PLAN_NAME} or {CELLS}")
     states = [_state(folder) for folder in sorted(found)]
     if args.json:
         print(json.dumps(states, indent=1))
@@ -32,20 +30,21 @@ def _state(folder: Path) -> dict:
     """The state of a run: of its plan's cells, or of all rows where there is no plan."""
     from mmpeft_fast.json_text import read
     from mmpeft_fast.study.cells import cell_name
-    from mmpeft_fast.study.run import PLAN_NAME, RESULTS_NAME, read_rows
 
-    rows = {row["spec_key"]: row for row in read_rows(folder / RESULTS_NAME)}
+    rows = {row["spec_key"]: row for row in read_rows(folder)}
     plan = {key: cell_name(row) for key, row in rows.items()}
     if (folder / PLAN_NAME).exists():
         plan = read(folder / PLAN_NAME)
     planned = {key: rows.get(key) for key in plan}
-    failed = {plan[key]: row["reason"] for key, row in planned.items() if row and row["status"] != "ok"}
+    failed = {
+        plan[key]: row["reason"] for key, row in planned.items() if row and row["status"] not in (SUCCESS, CANCELLED)
+    }
     return {
         "folder": str(folder),
         "cells": len(plan),
-        "done": sum(1 for row in planned.values() if row and row["status"] == "ok"),
+        "done": sum(1 for row in planned.values() if row and row["status"] == SUCCESS),
         "failed": failed,
-        "pending": [plan[key] for key, row in planned.items() if row is None],
+        "pending": [plan[key] for key, row in planned.items() if row is None or row["status"] == CANCELLED],
         "older_rows": len(rows.keys() - plan.keys()),
         "elapsed_s": round(sum(row.get("elapsed_s") or 0 for row in planned.values() if row), 1),
         "newest": max((row["time"] for row in rows.values() if row.get("time")), default=None),

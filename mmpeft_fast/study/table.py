@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mmpeft_fast.study.cells import NO_METHOD, cell_name
+from mmpeft_fast.study.rows import SUCCESS
 
 MISSING = "–"
 
@@ -104,7 +105,7 @@ def _failures(rows: list[dict]) -> list[str]:
     """A line for each reason, with the cells that failed for it."""
     cells: dict[str, list[str]] = {}
     for row in rows:
-        if row["status"] != "ok":
+        if row["status"] != SUCCESS:
             cells.setdefault(row["reason"], []).append(cell_name(row))
     lines = [f"failed: {names[0]}{_and_more(names)}: {reason}" for reason, names in cells.items()]
     return ["", *lines] if lines else []

@@ -41,6 +41,9 @@ class TrainConfig:
     order: Annotated[str, one_of("shuffled", "by-image")] = "shuffled"
     """Of samples: each for itself, or those of one image together, so that a batch's samples share their contexts."""
     gradient_checkpointing: bool = False
+    shard: bool = False
+    """Spreads parameters, gradients and optimizer state over the processes, layer by layer (FSDP2), in place of a whole
+    model in each (DDP)."""
     seed: Annotated[int, between(0, 2**32 - 1)] = 42
     num_workers: Annotated[int, between(0, 1024)] = 0
     log_every: Count = 1

@@ -38,7 +38,7 @@ def evaluate_accuracy(
     return num_right / len(samples)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a model in parts gathers them into tensors that training uses again: not in inference mode
 def generate_answers(
     model: nn.Module, collator: Collator, samples: Sequence[Sample], *, batch_size: int = 32, max_new_tokens: int = 64
 ) -> list[str]:

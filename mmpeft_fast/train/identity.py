@@ -24,7 +24,7 @@ from mmpeft_fast.peft_model import is_fused
 from mmpeft_fast.train.config import TrainConfig
 
 # Fields of TrainConfig that change no number.
-FREE_FIELDS = {"num_workers", "log_every", "save_every", "keep_checkpoints", "tracker", "verify"}
+FREE_FIELDS = {"shard", "num_workers", "log_every", "save_every", "keep_checkpoints", "tracker", "verify"}
 # Entries of a model's or HF PEFT's configuration that say where it came from, or what it does when nothing is trained.
 _ORIGIN = {
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "auto_map"),
@@ -53,7 +53,9 @@ def run_identity(
     their files' content; everything else stands there as it is, so that a difference can be named.
     """
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_FIELDS}
-    identity |= {"num_samples": len(dataset), "processes": num_processes, "steps": num_steps, "device": device_type}
+    # Of all processes together: a run goes on in another number of them that cuts its steps into the same passes.
+    identity["batch_size"] = config.batch_size * num_processes
+    identity |= {"num_samples": len(dataset), "steps": num_steps, "device": device_type}
     identity["method"] = _method(model)
     identity["model"] = _model(model)
     identity["collator"] = getattr(collator, "settings", None)

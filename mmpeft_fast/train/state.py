@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft_fast.atomic import clear_leftovers, new_folder, remove_folder
 from mmpeft_fast.fields import at_least, check_fields
 from mmpeft_fast.json_text import parse
 from mmpeft_fast.train.identity import differences
+from mmpeft_fast.train.sharding import spread_as
 
 PARAMETERS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.pt", "state.json"
 _FOLDER = re.compile(r"checkpoint-(\d{6,18})")
@@ -77,14 +78,14 @@ def save_checkpoint(
     output: Path,
     position: Position,
     identity: Mapping[str, Any],
-    model: nn.Module,
+    parameters: Mapping[str, Tensor],
     optimizer_state: dict[str, Any],
     schedule_state: dict[str, Any],
     rng_states: list[dict[str, Any]],
 ) -> None:
-    """Write `checkpoint-<step>` into output, whole or not at all. Raises OSError where that fails, such as for lack of
-    space; the checkpoints before it stay."""
-    tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trainable_parameters(model).items()}
+    """Write `checkpoint-<step>` into output, whole or not at all. parameters: those that are trained, whole. Raises
+    OSError where that fails, such as for lack of space; the checkpoints before it stay."""
+    tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
     states = {"optimizer": optimizer_state, "schedule": schedule_state, "rng": rng_states}
     with new_folder(checkpoint_folder(output, position)) as temporary:
         with _writing(temporary / PARAMETERS):
@@ -192,7 +193,7 @@ def load_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
             )
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(spread_as(saved[name], parameter))
     return states
 
 

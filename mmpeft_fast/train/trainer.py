@@ -39,6 +39,7 @@ from mmpeft_fast.train.identity import run_identity
 from mmpeft_fast.train.log import LOG, TrainLog, peak_mib
 from mmpeft_fast.train.optimization import build_optimizer, cosine_with_warmup
 from mmpeft_fast.train.order import SampleOrder
+from mmpeft_fast.train.sharding import shard, spread_state, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +259,8 @@ class _Run:
         seed_everything(config.seed + accelerator.process_index)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.shard:
+            shard(model.to(accelerator.device))
         optimizer = build_optimizer(
             model,
             learning_rate=config.learning_rate,
@@ -268,14 +271,18 @@ class _Run:
             connector_learning_rate=config.connector_learning_rate,
         )
         self._schedule = cosine_with_warmup(optimizer, steps=self.num_steps, warmup_ratio=config.warmup_ratio)
-        self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
+        if config.shard:
+            self._prepared, self._optimizer = model, accelerator.prepare(optimizer)
+        else:
+            self._prepared, self._optimizer = accelerator.prepare(model, optimizer)
         self._model, self._accelerator, self._output = model, accelerator, output
         self._max_grad_norm, self._keep_checkpoints = config.max_grad_norm, config.keep_checkpoints
+        self._seed = config.seed
         self._takes_hints = takes_hints(model)
         self._rng_states = None
         if self.checkpoint is not None:
             saved = state.load_checkpoint(self.checkpoint, model)
-            self._optimizer.load_state_dict(saved["optimizer"])
+            self._optimizer.load_state_dict(spread_state(optimizer, saved["optimizer"]))
             self._schedule.load_state_dict(saved["schedule"])
             self._rng_states = saved["rng"]
 
@@ -294,9 +301,15 @@ class _Run:
         self._takes_hints = takes_hints(self._model)
 
     def restore_rng(self) -> None:
-        """Put the generators where the checkpoint left them; the last thing before the first forward."""
-        if self._rng_states is not None:
-            state.set_rng_state(self._rng_states[self._accelerator.process_index])
+        """Put the generators where the checkpoint left them; the last thing before the first forward. In another
+        number of processes they begin anew, as the step says."""
+        if self._rng_states is None:
+            return
+        process, number = self._accelerator.process_index, self._accelerator.num_processes
+        if len(self._rng_states) == number:
+            state.set_rng_state(self._rng_states[process])
+        else:
+            seed_everything((self._seed + self.position.step * number + process) % 2**32)
 
     def sum(self, *counts: int) -> list[int]:
         """Each count summed over all processes."""
@@ -318,7 +331,7 @@ class _Run:
                 # Data parallel averages gradients over processes; the mean over tokens needs their sum.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach().float()
-        grad_norm = accelerator.clip_grad_norm_(self._prepared.parameters(), self._max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(self._prepared.parameters(), self._max_grad_norm))
         return (accelerator.reduce(total, "sum") if accelerator.num_processes > 1 else total), grad_norm
 
     def update(self, loss: float, grad_norm: float) -> dict[str, float]:
@@ -357,13 +370,15 @@ class _Run:
         if self._output is None or self.checkpoint == state.checkpoint_folder(self._output, self.position):
             return
         rng_states = gather_object([state.rng_state()])
+        parameters = whole({name: each.detach() for name, each in state.trainable_parameters(self._model).items()})
+        optimizer_state = whole(self._optimizer.state_dict())
         if self._accelerator.is_main_process:
             state.save_checkpoint(
                 self._output,
                 self.position,
                 self.identity,
-                self._model,
-                self._optimizer.state_dict(),
+                parameters,
+                optimizer_state,
                 self._schedule.state_dict(),
                 rng_states,
             )

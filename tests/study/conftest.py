@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmpeft_fast.study import in_turn
 from mmpeft_fast.study import run as run_module
 from mmpeft_fast.study.cells import StudyConfig, plan
 from mmpeft_fast.study.run import run_study
@@ -45,7 +46,7 @@ def config(tmp_path, conversations) -> StudyConfig:
 def measured(step_ms: float = 20.0, losses=(2.0, 1.5, 1.0)) -> dict:
     """What a cell measures, made up."""
     return {
-        "status": "ok",
+        "status": "success",
         "baseline": "HF PEFT 1.0",
         "trainable_params": 312320,
         "total_params": 3604672,
@@ -68,19 +69,23 @@ class FakeJobs:
         self.names: list[str] = []
         self.fail: dict[str, str] = {}  # name -> reason
         self.interrupt_at: str | None = None
+        self.oom: str | None = None
 
-    def __call__(self, module, job, *, log_path, threads, offline, tick) -> dict:
+    def __call__(self, job, tick=lambda: None) -> dict:
+        module, job = job.module, job.spec
         spec = job["spec"]
         name = " ".join([spec["model"], *(spec[key] for key in ("method", "implementation") if key in spec)])
         if name == self.interrupt_at:
             raise KeyboardInterrupt
         tick()
         self.names.append(name)
+        if name == self.oom:
+            return {"status": "oom", "reason": "MemoryError"}
         if name in self.fail:
             return {"status": "failed", "reason": self.fail[name]}
         if module.endswith(".base"):
             Path(job["folder"]).mkdir()
-            return {"status": "ok"}
+            return {"status": "success"}
         return measured(step_ms=10.0 if spec["implementation"] == "frozen" else 20.0)
 
 
@@ -88,6 +93,7 @@ class FakeJobs:
 def jobs(monkeypatch) -> FakeJobs:
     fake = FakeJobs()
     monkeypatch.setattr(run_module, "run_job", fake)
+    monkeypatch.setattr(in_turn, "run_fitting", fake)
     return fake
 
 

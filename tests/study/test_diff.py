@@ -1,6 +1,7 @@
 """`study diff` and `study status` on rows of the study."""
 
 import json
+import shutil
 
 import pytest
 
@@ -14,13 +15,15 @@ def two_runs(config, jobs, tmp_path):
     run_study(config)
     other = tmp_path / "other"
     other.mkdir()
-    path = other / "results.jsonl"
-    path.write_text((config.output / "results.jsonl").read_text())
+    shutil.copytree(config.output / "cells", other / "cells")
 
     def change(edit):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [row for row in rows if edit(row) is not False]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for path in (other / "cells").iterdir():
+            row = json.loads(path.read_text())
+            keeps = edit(row) is not False
+            path.unlink()
+            if keeps:
+                path.write_text(json.dumps(row))
 
     return str(config.output), str(other), change
 
@@ -74,11 +77,10 @@ def test_scores_of_recipes(tmp_path, capsys):
             {"epoch": 1, "set": "x", "metric": "shape_hallucination", "chair_s": chair_s},
             {"epoch": 1, "set": "y", "metric": "exact_match", "accuracy": accuracy},
         ]
-        row = {"spec_key": name, "status": "ok", "model": "m", "method": "lora", "implementation": "fused"}
+        row = {"spec_key": name, "status": "success", "model": "m", "method": "lora", "implementation": "fused"}
         row |= {"recipe": "r", "cell": "c", "time": "2000", "scores": scores}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.jsonl").write_text(json.dumps(row) + "\n")
-    _, found = diff(str(tmp_path / "a"), str(tmp_path / "b"), capsys=capsys)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    _, found = diff(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), capsys=capsys)
     worse = {each["number"]: each["worse_percent"] for each in found["changes"]}
     assert worse == {"x shape_hallucination": pytest.approx(100), "y exact_match": pytest.approx(-12.5)}
 
@@ -86,10 +88,10 @@ def test_scores_of_recipes(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["nowhere", "nowhere"], "expected a study's results, found no such file"),
+        (["nowhere", "nowhere"], "nowhere: expected a study's results, found none"),
         (["A", "B", "--fail-above", "-1"], "--fail-above: expected a percentage of at least 0, got -1"),
         (["A", "B", "--numbers", "beauty"], "--numbers: expected some of step_ms_p50"),
-        (["A", "EMPTY"], "expected cells that both have, found none"),
+        (["A", "EMPTY"], "empty.jsonl: expected a study's results, found none"),
     ],
 )
 def test_what_cannot_be_compared(two_runs, tmp_path, words, said, capsys):

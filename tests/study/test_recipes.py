@@ -12,13 +12,13 @@ from mmpeft_fast.data.sets import EASY_VQA_SETS, SETS
 from mmpeft_fast.methods import METHODS, make_method
 from mmpeft_fast.placement import PARTS
 from mmpeft_fast.plan.devices import device_named
+from mmpeft_fast.study import in_turn
 from mmpeft_fast.study import run as study_run
 from mmpeft_fast.study.base import build_base
 from mmpeft_fast.study.cells import BaseSpec
 from mmpeft_fast.study.inputs import prepare_inputs
 from mmpeft_fast.study.metrics import METRICS
 from mmpeft_fast.study.recipes import FULL, RECIPES, SCALES, SMALL, Data, RecipeCell, make_recipe
-from mmpeft_fast.study.recipes import run as recipe_run
 from mmpeft_fast.study.recipes.cell import _cell_of, measure
 from mmpeft_fast.study.recipes.cost import Planner, cost_of
 from mmpeft_fast.study.recipes.table import MEASURES, recipe_table, summary
@@ -142,7 +142,7 @@ def outcome(spec: dict) -> dict:
         for epoch in (1.0, 3.0)
     ]
     measured = {"trainable_params": 10, "total_params": 1000, "step_ms_p50": 20.0, "tokens_per_s": 100.0}
-    return {"status": "ok", **measured, "peak_mib": 700.0, "loss_last": 1.0, "scores": scores}
+    return {"status": "success", **measured, "peak_mib": 700.0, "loss_last": 1.0, "scores": scores}
 
 
 @pytest.fixture
@@ -150,11 +150,12 @@ def jobs(monkeypatch) -> list[str]:
     """Jobs answer at once; the names of the cells that ran. LoRA fails."""
     names: list[str] = []
 
-    def run_job(module, job, *, log_path, threads, offline, tick):
+    def run_job(job, tick=lambda: None):
+        module, job = job.module, job.spec
         spec = job["spec"]
         if module.endswith("study.base"):
             study_run.Path(job["folder"]).mkdir(parents=True)
-            return {"status": "ok"}
+            return {"status": "success"}
         names.append(f"{spec['method']} {spec['seed']}")
         assert study_run.Path(job["base"]).is_dir()
         if spec["method"] == "lora":
@@ -162,7 +163,7 @@ def jobs(monkeypatch) -> list[str]:
         return outcome(spec)
 
     monkeypatch.setattr(study_run, "run_job", run_job)
-    monkeypatch.setattr(recipe_run, "run_job", run_job)
+    monkeypatch.setattr(in_turn, "run_fitting", run_job)
     return names
 
 
@@ -222,7 +223,7 @@ def test_hallucination_is_the_mean_over_epochs_of_one_metric():
         for metric in ("shape_hallucination", "pope")
         for epoch, value in ((1.0, 0.1), (2.0, 0.3))
     ]
-    row = {"labels": recipe.cells[0].labels, "seed": 42, "status": "ok", "scores": scores}
+    row = {"labels": recipe.cells[0].labels, "seed": 42, "status": "success", "scores": scores}
     (entry,) = summary(recipe, [row], any_model=True)
     assert entry["score"] == pytest.approx(20.0)
     assert [each["value"] for each in entry["published"]] == ["13.3"]

@@ -11,7 +11,8 @@ from mmpeft_fast import cli
 from mmpeft_fast.study import run as run_module
 from mmpeft_fast.study.cells import StudyConfig, plan
 from mmpeft_fast.study.command import _config
-from mmpeft_fast.study.run import MEASURED, RESULTS_NAME, newest_rows, read_rows, run_study
+from mmpeft_fast.study.rows import CELLS, RESULTS_NAME, read_rows
+from mmpeft_fast.study.run import MEASURED, newest_rows, run_study
 from tests.study.conftest import FakeJobs
 
 
@@ -45,7 +46,7 @@ def test_one_complete_row_a_cell(config, rows):
     for row in rows:
         assert asked <= row.keys()
         missing = [name for name in MEASURED if row[name] is None]
-        assert missing == ([] if row["status"] == "ok" else list(MEASURED))
+        assert missing == ([] if row["status"] == "success" else list(MEASURED))
     assert (rows[0]["loss_first"], rows[0]["loss_last"]) == (2.0, 1.0)
     assert rows[0]["tokens_per_s"] == 900 / 10.0 * 1e3
 
@@ -54,9 +55,10 @@ def test_a_second_run_skips_what_succeeded_and_tries_the_rest_again(config, jobs
     jobs.names.clear()
     again = run_study(config)
     assert jobs.names == ["tiny-qwen2-vl ia3 peft"]
-    assert stored(config) == sorted(again, key=lambda row: row["spec_key"] == again[-2]["spec_key"])
+    by_key = {row["spec_key"]: row for row in stored(config)}
+    assert [by_key[row["spec_key"]] for row in again] == again and len(by_key) == len(again)
     jobs.fail.clear()
-    assert all(row["status"] == "ok" for row in run_study(config))
+    assert all(row["status"] == "success" for row in run_study(config))
     jobs.names.clear()
     run_study(config)
     assert jobs.names == []
@@ -73,13 +75,13 @@ def test_a_failed_cell_is_a_row_and_not_the_end(rows):
     failed = [row for row in rows if row["status"] == "failed"]
     assert [(row["method"], row["implementation"]) for row in failed] == [("ia3", "peft")]
     assert failed[0]["reason"] == "ValueError: expected <this>, got that"
-    assert rows[-1]["status"] == "ok"
+    assert rows[-1]["status"] == "success"
 
 
 def test_a_failed_base_fails_its_models_cells_only(config, jobs):
     jobs.fail["tiny-llava"] = "MemoryError"
     rows = run_study(config)
-    assert {row["status"] for row in rows if row["model"] == "tiny-qwen2-vl"} == {"ok"}
+    assert {row["status"] for row in rows if row["model"] == "tiny-qwen2-vl"} == {"success"}
     assert {row["reason"] for row in rows if row["model"] == "tiny-llava"} == {"no base model: MemoryError"}
 
 
@@ -87,7 +89,7 @@ def test_after_an_interrupt_the_same_run_goes_on(config, jobs):
     jobs.interrupt_at = "tiny-llava ia3 peft"
     with pytest.raises(KeyboardInterrupt, match="3 of 10 cells are done"):
         run_study(config)
-    assert len(stored(config)) == 3
+    assert [row["status"] for row in stored(config)] == ["success"] * 3 + ["cancelled"]
     jobs.interrupt_at = None
     jobs.names.clear()
     assert len(run_study(config)) == 10
@@ -107,7 +109,7 @@ def test_every_command_measures_its_own_row(rows):
 
 def test_rows_of_other_settings_stay_and_the_newest_is_shown(config, rows):
     changed = run_study(replace(config, steps=5, models=("tiny-llava",), methods=("lora",)))
-    kept = read_rows(config.output / RESULTS_NAME)
+    kept = read_rows(config.output)
     assert len(kept) == len(rows) + len(changed)
     for row in kept:  # all were made within one second
         row["time"] = "2030" if row["steps"] == 5 else "2020"
@@ -118,15 +120,24 @@ def test_rows_of_other_settings_stay_and_the_newest_is_shown(config, rows):
     assert names == [(row["model"], row["method"], row["implementation"]) for row in rows]
 
 
-@pytest.mark.parametrize("line", ["{half a row", '{"status": "ok"}', "[1]"])
-def test_a_broken_results_file_is_named_and_left_alone(config, jobs, line):
-    config.output.mkdir()
-    path = config.output / RESULTS_NAME
-    path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"results\.jsonl line 1: expected (a|valid)"):
-        run_study(config)
-    assert path.read_text() == line + "\n"
-    assert jobs.names == []
+@pytest.mark.parametrize("text", ["{half a row", '{"status": "success"}', "[1]", ""])
+def test_a_broken_row_is_set_aside_and_named_and_its_cell_runs_again(config, jobs, rows, text, capsys):
+    jobs.names.clear()
+    jobs.fail.clear()
+    path = config.output / CELLS / f"{rows[1]['spec_key']}.json"
+    path.write_text(text)
+    again = run_study(config)
+    assert jobs.names == ["tiny-llava lora peft", "tiny-qwen2-vl ia3 peft"]
+    assert path.with_name(path.name + ".corrupt").read_text() == text
+    assert f"set aside: {path}: expected" in capsys.readouterr().err
+    assert all(row["status"] == "success" for row in again)
+
+
+def test_memory_that_runs_out_is_a_status_of_its_own(config, jobs, capsys):
+    jobs.oom = "tiny-llava lora fused"
+    (row,) = (row for row in run_study(config) if row["status"] != "success")
+    assert (row["status"], row["model"], row["implementation"]) == ("oom", "tiny-llava", "fused")
+    assert "oom: tiny-llava lora fused: MemoryError" in capsys.readouterr().err
 
 
 def test_too_few_conversations_are_refused_before_anything_is_written(config, jobs):
@@ -142,15 +153,16 @@ class TogetherJobs(FakeJobs):
         super().__init__()
         self.ended = ended
 
-    def __call__(self, module, job, *, tick, **options) -> dict:
-        if "specs" not in job:
-            return super().__call__(module, job, tick=tick, **options)
+    def __call__(self, job, tick=lambda: None) -> dict:
+        if "specs" not in job.spec:
+            return super().__call__(job, tick)
+        job = job.spec
         for number in range(min(self.ended, len(job["specs"]))):
-            outcome = {"status": "ok", "losses": [2.0, 1.0], "accuracy": 0.5, "elapsed_s": 1.5}
+            outcome = {"status": "success", "losses": [2.0, 1.0], "accuracy": 0.5, "elapsed_s": 1.5}
             (Path(job["folder"]) / f"{number}.json").write_text(json.dumps(outcome))
             tick()
         died = self.ended < len(job["specs"])
-        return {"status": "failed", "reason": "the process was ended by SIGKILL"} if died else {"status": "ok"}
+        return {"status": "failed", "reason": "the process was ended by SIGKILL"} if died else {"status": "success"}
 
 
 def test_cells_of_one_process_are_kept_as_they_end_and_the_rest_told(tmp_path, monkeypatch):
@@ -159,13 +171,13 @@ def test_cells_of_one_process_are_kept_as_they_end_and_the_rest_told(tmp_path, m
     )
     monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=2))
     rows = run_study(config)
-    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "failed"]
+    assert [row["status"] for row in rows] == ["success", "success", "success", "failed"]
     assert rows[3]["reason"] == "the process was ended by SIGKILL" and rows[1]["elapsed_s"] == 1.5
     assert (rows[1]["loss_last"], rows[1]["accuracy"], rows[1]["step_ms_p50"], rows[1]["tokens_per_s"]) == (
         1.0, 0.5, None, None
     )  # fmt: skip
     monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=1))
-    assert [row["status"] for row in run_study(config)] == ["ok"] * 4
+    assert [row["status"] for row in run_study(config)] == ["success"] * 4
 
 
 def test_the_commonest_answer_is_a_row_without_a_model(tmp_path, monkeypatch):

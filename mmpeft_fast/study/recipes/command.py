@@ -60,12 +60,13 @@ def _text(recipe, cost) -> str:
     return "\n".join([*lines, *(f"  note: {note}" for note in recipe.notes)])
 
 
-def run_named(args: argparse.Namespace, *, threads: int, device: str) -> int:
+def run_named(args: argparse.Namespace, *, threads: int, device: str, runner) -> int:
     """`study --recipe NAME`: runs it, prints its table and writes `summary.json`; returns 1 if a cell failed."""
     from mmpeft_fast.atomic import write_text
     from mmpeft_fast.study.recipes import FULL, SMALL, make_recipe
     from mmpeft_fast.study.recipes.run import RecipeRun, run_recipe
     from mmpeft_fast.study.recipes.table import recipe_table, summary
+    from mmpeft_fast.study.rows import SUCCESS
 
     recipe = make_recipe(args.recipe, SMALL if args.small else FULL)
     for option, axis in (("models", "model"), ("methods", "method")):
@@ -84,13 +85,17 @@ def run_named(args: argparse.Namespace, *, threads: int, device: str) -> int:
             pretrain_steps=args.pretrain_steps,
             redo=args.redo,
             refuse_bad_records=args.refuse_bad_records,
-        )
+            processes=args.processes,
+            shard=args.shard,
+            halve_on_oom=args.halve_on_oom,
+        ),
+        runner,
     )
     entries = summary(recipe, rows, any_model=args.small)
     write_text(output / "summary.json", json.dumps(entries, indent=1))
     print(recipe_table(recipe, entries))
     print(f"\nresults  {output}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    return 0 if all(row["status"] == SUCCESS for row in rows) else 1
 
 
 def _chosen(recipe, axis: str, wanted: list[str]) -> tuple:

@@ -1,18 +1,22 @@
 """Runs a recipe: makes the small bases, runs every cell that has no row yet, and keeps one row a cell."""
 
-import time
+import shutil
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mmpeft_fast.data.sets import SETS
 from mmpeft_fast.doctor import device_name, versions
-from mmpeft_fast.study.cells import EASY_VQA, BaseSpec, StudyConfig
+from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, BaseSpec, StudyConfig
+from mmpeft_fast.study.in_turn import InTurn, Runner
 from mmpeft_fast.study.inputs import prepare_inputs
-from mmpeft_fast.study.process import run_job
+from mmpeft_fast.study.process import Job
 from mmpeft_fast.study.progress import Progress
 from mmpeft_fast.study.recipes.recipe import Recipe, RecipeCell
-from mmpeft_fast.study.run import RESULTS_NAME, base_folder, make_base, read_rows, store_plan, store_row
+from mmpeft_fast.study.rows import CANCELLED, FAILED, OOM, SUCCESS, file_name, read_rows, store_plan, store_row
+from mmpeft_fast.study.run import base_folder, make_base
+from mmpeft_fast.train import TrainConfig
 
 _TINY = "tiny-"
 
@@ -23,7 +27,8 @@ class RecipeRun:
 
     shared: the folder of the small bases, which recipes and the study share. checkpoints: a folder with a folder for
     each model, by its name. datasets: the folder of all data sets. Neither is needed for models that are built on the
-    spot.
+    spot. processes: of a cell, data parallel; shard: over which the model's parameters are spread (FSDP2).
+    halve_on_oom: where memory runs out the cell runs again with half of its micro-batch, at the same batch a step.
     """
 
     recipe: Recipe
@@ -36,10 +41,19 @@ class RecipeRun:
     pretrain_steps: int = StudyConfig.pretrain_steps
     redo: bool = False
     refuse_bad_records: bool = False
+    processes: int = 1
+    shard: bool = False
+    halve_on_oom: bool = False
 
-    @property
-    def results_path(self) -> Path:
-        return self.output / RESULTS_NAME
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes: expected at least 1, got {self.processes}")
+        if self.shard and self.processes == 1:
+            raise ValueError("shard: expected several processes to spread the model over, got 1")
+
+    def work_folder(self, cell: RecipeCell) -> Path:
+        """Checkpoints and scores of a cell that has not ended."""
+        return self.output / "work" / cell.key
 
     def check(self) -> None:
         """Raises ValueError that names every checkpoint and every split of a data set that is missing."""
@@ -70,16 +84,20 @@ class RecipeRun:
         return missing
 
 
-def run_recipe(run: RecipeRun) -> list[dict]:
-    """Runs the cells that have no successful row yet, each in a fresh process; returns the recipe's rows in its order.
+def run_recipe(run: RecipeRun, runner: Runner | None = None) -> list[dict]:
+    """Runs the cells that have no successful row yet, each in fresh processes; returns the recipe's rows in its order.
+
+    A cell that was stopped or killed goes on from its last checkpoint. runner: where and in which order the cells run;
+    None: one after another here.
 
     Raises:
-        ValueError: a checkpoint or data set is missing, or an existing results file cannot be read; nothing has run.
+        ValueError: a checkpoint or data set is missing; nothing has run.
         KeyboardInterrupt: after Ctrl-C; what is done is kept, and its message says how to go on.
     """
     run.check()
-    rows = {row["spec_key"]: row for row in read_rows(run.results_path)}
-    pending = [cell for cell in run.recipe.cells if run.redo or rows.get(cell.key, {}).get("status") != "ok"]
+    runner = InTurn() if runner is None else runner
+    rows = {row["spec_key"]: row for row in read_rows(run.output)}
+    pending = [cell for cell in run.recipe.cells if run.redo or rows.get(cell.key, {}).get("status") != SUCCESS]
     config = StudyConfig(output=run.shared, threads=run.threads, pretrain_steps=run.pretrain_steps)
     bases = {
         model: _base(run, model) for model in dict.fromkeys(cell.model for cell in pending) if model.startswith(_TINY)
@@ -89,22 +107,41 @@ def run_recipe(run: RecipeRun) -> list[dict]:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     store_plan(run.output, {cell.key: cell.name for cell in run.recipe.cells})
     progress = Progress(["base"] * len(missing) + ["cell"] * len(pending))
-    num_done = 0
+    left = {cell.key: cell for cell in pending}
+
+    def keep(cell: RecipeCell, outcome: dict, elapsed_s: float) -> None:
+        row = _row(run, cell, outcome, elapsed_s)
+        if row["status"] in (FAILED, OOM):
+            progress.say(f"{row['status']}: {cell.name}: {row['reason']}")
+        store_row(run.output, row)
+        if row["status"] == SUCCESS:
+            shutil.rmtree(run.work_folder(cell), ignore_errors=True)
+        left.pop(cell.key)
+
+    is_running = False
     try:
         broken = _make_bases(config, missing, progress)
-        for cell in pending:
+        for cell in [cell for cell in pending if cell.model in broken]:
+            progress.start(cell.name)
+            progress.finish()
+            keep(cell, {"status": FAILED, "reason": f"no base model: {broken[cell.model]}"}, 0.0)
+        cells, jobs = list(left.values()), []
+        for cell in cells:
             folder = base_folder(config, bases[cell.model]) if cell.model in bases else run.checkpoints / cell.model
-            row = _run_cell(run, cell, folder, broken.get(cell.model), progress)
-            if row["status"] == "failed":
-                progress.say(f"failed: {cell.name}: {row['reason']}")
-            store_row(run.results_path, row)
-            num_done += 1
+            jobs.append((cell.name, _job(run, cell, folder)))
+        is_running = True
+        with closing(runner.run(jobs, progress)) as all_ended:
+            for ended in all_ended:
+                keep(cells[ended.index], ended.outcome, ended.elapsed_s)
     except KeyboardInterrupt:
-        message = f"{num_done} of {len(pending)} cells are done; the same command goes on from here"
+        cell = next(iter(left.values()), None)
+        if is_running and cell is not None and cell.key not in rows:
+            store_row(run.output, _row(run, cell, {"status": CANCELLED, "reason": "interrupted"}, 0.0))
+        message = f"{len(pending) - len(left)} of {len(pending)} cells are done; the same command goes on from here"
         raise KeyboardInterrupt(message) from None
     finally:
         progress.clear()
-    rows = {row["spec_key"]: row for row in read_rows(run.results_path)}
+    rows = {row["spec_key"]: row for row in read_rows(run.output)}
     return [rows[cell.key] for cell in run.recipe.cells]
 
 
@@ -121,22 +158,27 @@ def _make_bases(config: StudyConfig, missing: list[BaseSpec], progress: Progress
     return {model: reason for model, reason in outcomes.items() if reason}
 
 
-def _run_cell(run: RecipeRun, cell: RecipeCell, base: Path, broken: str | None, progress: Progress) -> dict:
-    started = time.monotonic()
-    progress.start(cell.name)
-    if broken:
-        outcome = {"status": "failed", "reason": f"no base model: {broken}"}
-    else:
-        job = {"spec": asdict(cell), "base": str(base), "datasets": str(run.datasets or "")}
-        outcome = run_job(
-            "mmpeft_fast.study.recipes.cell",
-            {**job, "threads": run.threads, "device": run.device, "refuse_bad_records": run.refuse_bad_records},
-            log_path=run.output / "logs" / f"{cell.name.replace('/', '_').replace(' ', '-')}-{cell.key}.log",
-            threads=run.threads,
-            offline=True,
-            tick=progress.tick,
-        )
-    progress.finish()
+def _job(run: RecipeRun, cell: RecipeCell, base: Path) -> Job:
+    work = run.work_folder(cell)
+    if run.redo:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "spec": asdict(cell), "base": str(base), "datasets": str(run.datasets or ""), "folder": str(work),
+        "threads": max(1, run.threads // run.processes), "device": run.device, "shard": run.shard,
+        "refuse_bad_records": run.refuse_bad_records,
+    }  # fmt: skip
+    return Job(
+        module="mmpeft_fast.study.recipes.cell",
+        spec=spec,
+        log=run.output / "logs" / f"{file_name(cell.name)}-{cell.key}.log",
+        threads=run.threads,
+        processes=1 if cell.method == NO_METHOD else run.processes,
+        micro_batch=cell.training.get("batch_size", TrainConfig.batch_size) if run.halve_on_oom else None,
+    )
+
+
+def _row(run: RecipeRun, cell: RecipeCell, outcome: dict, elapsed_s: float) -> dict:
     return {
         "spec_key": cell.key,
         "recipe": run.recipe.name,
@@ -147,7 +189,9 @@ def _run_cell(run: RecipeRun, cell: RecipeCell, base: Path, broken: str | None, 
         "device": run.device,
         "device_name": device_name(run.device),
         "threads": run.threads,
+        "processes": run.processes,
+        "sharded": run.shard,
         "versions": versions(),
-        "elapsed_s": round(time.monotonic() - started, 1),
+        "elapsed_s": round(elapsed_s, 1),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

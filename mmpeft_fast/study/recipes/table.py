@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from mmpeft_fast.study.recipes.recipe import Recipe
+from mmpeft_fast.study.rows import SUCCESS
 from mmpeft_fast.study.table import MISSING, count, decimal
 
 _MEASURED = ("trainable_params", "total_params", "step_ms_p50", "tokens_per_s", "peak_mib")
@@ -90,7 +91,7 @@ def _scored(recipe: Recipe, row: dict) -> list[float]:
 
 
 def _entry(recipe: Recipe, labels: dict, rows: list[dict]) -> dict:
-    done = [row for row in rows if row["status"] == "ok"]
+    done = [row for row in rows if row["status"] == SUCCESS]
     by_seed: dict[int, list[float]] = defaultdict(list)
     by_test: dict[tuple[str, str, float], list[float]] = defaultdict(list)
     for row in done:
