@@ -10,8 +10,9 @@ _LIGHT = ("#4269d0", "#97bbf5", "#9aa3af", "#a463f2", "#0f766e", "#c2571a", "#d9
 _DARK = ("#6f92f0", "#4f6f9f", "#6b7480", "#b98af5", "#2dbdb0", "#f0864a", "#e0bb62", "#e06c8d", "#3f8f7f", "#b98b6e")
 
 
-def page(title: str, style: str, sections: Sequence[str]) -> str:
-    """The page; `style` comes behind the shared style sheet and the palette."""
+def page(title: str, sections: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """The page; `style` comes behind the shared style sheet and the palette, `script` behind everything."""
+    end = f"<script>\n{script}</script>\n" if script else ""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -19,26 +20,24 @@ def page(title: str, style: str, sections: Sequence[str]) -> str:
             '<meta name="color-scheme" content="light dark">',
             f"<title>{escape(title)}</title>\n<style>\n{_shared_style()}{style}</style>\n</head>\n<body>\n<main>",
             *sections,
-            "</main>\n</body>\n</html>\n",
+            f"</main>\n{end}</body>\n</html>\n",
         ]
     )
 
 
 def _shared_style() -> str:
-    shared = resources.files("mmpeft_fast.pages").joinpath("style.css").read_text(encoding="utf-8")
-
     def variables(palette: Sequence[str]) -> str:
         return "".join(f"--c{i}: {colour}; " for i, colour in enumerate(palette))
 
     return (
-        f"{shared}:root {{ {variables(_LIGHT)}}}\n"
+        f"{page_file('style.css')}:root {{ {variables(_LIGHT)}}}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(_DARK)}}} }}\n"
-        ".figures div { flex-basis: 140px; }\n"
-        ".legend { flex-wrap: wrap; row-gap: 4px; }\n.scroll { margin-bottom: 12px; }\n"
-        "svg text.tick { fill: var(--soft); }\n"
-        "td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }\n"
-        "tr.total td { border-top: 1px solid var(--rule); font-weight: 600; }\n"
     )
+
+
+def page_file(name: str) -> str:
+    """A style sheet or script that the package ships."""
+    return resources.files("mmpeft_fast.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def fills(colours: Mapping[str, str]) -> str:
@@ -50,29 +49,32 @@ def fills(colours: Mapping[str, str]) -> str:
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], *, has_total: bool = False) -> str:
-    """The first column is text, the others numbers."""
-
-    def line(kind: str, texts: Sequence[str], name: str = "") -> str:
-        inside = "".join(
-            f"<{kind}{' class=number' if i else ''}>{escape(text)}</{kind}>" for i, text in enumerate(texts)
-        )
-        return f"<tr{name}>{inside}</tr>"
-
-    body = [line("td", row, " class=total" if has_total and row is rows[-1] else "") for row in rows]
-    return f"<div class=scroll><table><thead>{line('th', header)}</thead>\n<tbody>{''.join(body)}</tbody></table></div>"
+    """The first column is text, the others numbers; the last row may be their total."""
+    body = [_row("td", [escape(text) for text in row]) for row in rows]
+    if has_total and body:
+        body[-1] = body[-1].replace("<tr>", "<tr class=total>", 1)
+    return _table("", header, body)
 
 
 def heat_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
     """Names and numbers 0 to 100, darker where they are higher; None: no number."""
 
-    def cell(value: float | None) -> str:
-        if value is None:
-            return "<td class=number>–</td>"
-        return f'<td class=number style="--heat: {value:.0f}%"><span class=heat>{value:.1f}</span></td>'
+    def number(value: float | None) -> str:
+        return "–" if value is None else f'<span class=heat style="--heat: {value:.0f}%">{value:.1f}</span>'
 
-    head = "".join(f"<th{' class=number' if i else ''}>{escape(name)}</th>" for i, name in enumerate(header))
-    body = "".join(f"<tr><td>{escape(name)}</td>{''.join(map(cell, values))}</tr>" for name, values in rows)
-    return f"<div class=scroll><table class=heats><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    body = [_row("td", [escape(name), *map(number, values)]) for name, values in rows]
+    return _table(" class=heats", header, body)
+
+
+def _table(name: str, header: Sequence[str], rows: Sequence[str]) -> str:
+    head = _row("th", [escape(text) for text in header])
+    return f"<div class=scroll><table{name}><thead>{head}</thead>\n<tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _row(kind: str, contents: Sequence[str]) -> str:
+    """Of cells whose contents are HTML; all but the first are numbers."""
+    inside = "".join(f"<{kind}{' class=number' if i else ''}>{each}</{kind}>" for i, each in enumerate(contents))
+    return f"<tr>{inside}</tr>"
 
 
 def legend(names: Sequence[str]) -> str:

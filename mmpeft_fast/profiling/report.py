@@ -59,17 +59,22 @@ def report_html(measured: Sequence[Measured], request: Mapping, device: Device |
         request: what was asked for; device: the roofline's profile, if there was one.
     """
     sections = _head(measured, request, device), _totals(measured), _parts(measured), _memory(measured), _ops(measured)
-    return page("mmpeft-fast: profile", _style(), [*sections, notes(NOTES)])
+    return page("mmpeft-fast: profile", [*sections, notes(NOTES)], style=_style())
 
 
 def _style() -> str:
-    """The colours of parts and roles."""
+    """The colours of parts and roles, and what this page sets otherwise than others."""
     names = [*PARTS, OUTSIDE]
     colours = {name: f"var(--c{i})" for i, name in enumerate(names)}
     colours |= {role: f"var(--c{i})" for role, i in zip(ROLES, _ROLE_COLOURS, strict=True)}
     colours[BETWEEN] = "var(--rule)"
     return (
-        f"{fills(colours)}.bars svg {{ max-width: 720px; }}\n"
+        f"{fills(colours)}.figures div {{ flex-basis: 140px; }}\n"
+        ".legend { flex-wrap: wrap; row-gap: 4px; }\n.scroll { margin-bottom: 12px; }\n"
+        "svg text.tick { fill: var(--soft); }\n"
+        "td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }\n"
+        "tr.total td { border-top: 1px solid var(--rule); font-weight: 600; }\n"
+        ".bars svg { max-width: 720px; }\n"
         "svg line.phase { stroke: var(--ink); stroke-opacity: .35; }\n"
         "svg text.phase { font-size: 11px; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }\n"
         "svg .peak { fill: var(--ink); stroke: var(--card); stroke-width: 1.5; }\n"

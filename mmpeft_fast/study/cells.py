@@ -8,17 +8,12 @@ from pathlib import Path
 
 from mmpeft_fast.doctor import versions
 from mmpeft_fast.methods import METHODS, make_method
+from mmpeft_fast.study.axes import AXES, LOCATED, LOCATIONS, SAMPLES, SEEDS, SIZES, chosen_axes, located, sized
 
 # The tiny models of the study and the family that builds each.
 TINY_MODELS = {"tiny-llava": "llava", "tiny-qwen2-vl": "qwen2_vl"}
 IMPLEMENTATIONS = ("frozen", "peft", "fused")
-# What the study varies on the first tiny model beyond methods and implementations: cells that are not timed.
-AXES = ("task", "location", "size", "connector", "samples", "seed")
-_LOCATED, _SCALED, _TUNED = ("lora", "adapter", "ia3"), ("lora", "ia3"), ("lora", "adapter", "ia3", "prefix")
-_LOCATIONS = ("attention", "mlp", "both")
-_SIZES = {"lora": ("r", (2, 4)), "adapter": ("bottleneck", (2, 4)), "prefix": ("num_virtual_tokens", (5, 40))}
-_SAMPLES = (12, 48)
-_MORE_SEEDS = (21, 63)
+_SCALED, _TUNED = ("lora", "ia3"), ("lora", "adapter", "ia3", "prefix")
 DTYPES = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 NO_METHOD = "none"  # the method of a frozen cell
@@ -36,14 +31,15 @@ class StudyConfig:
 
     base: a real checkpoint by path or name, in place of the tiny models. data, images: conversations in LLaVA's JSON
     and their image folder, in place of easy-vqa; eval_samples of them are held out. axes: of `AXES`, which easy-vqa and
-    the tiny models have. pretrain_steps: training of the tiny models' decoders before the cells start from them.
+    the tiny models have, each as AXIS or AXIS=VALUE,VALUE. pretrain_steps: training of the tiny models' decoders before
+    the cells start from them.
     """
 
     output: Path
     models: tuple[str, ...] = tuple(TINY_MODELS)
     methods: tuple[str, ...] = OF_THE_PAPERS
     implementations: tuple[str, ...] = IMPLEMENTATIONS
-    axes: tuple[str, ...] = AXES
+    axes: tuple[str, ...] = tuple(AXES)
     steps: int = 20
     batch_size: int = 8
     eval_samples: int = 200
@@ -61,8 +57,7 @@ class StudyConfig:
         _require_known("model", self.models, TINY_MODELS)
         _require_known("method", self.methods, METHODS)
         _require_known("implementation", self.implementations, IMPLEMENTATIONS)
-        if self.axes:
-            _require_known("axis", self.axes, AXES)
+        chosen_axes(self.axes)
         _require_known("dtype", (self.dtype,), DTYPES)
         _require_known("device", (self.device,), DEVICES)
         # Two steps at least: the first is a warm-up and is not timed.
@@ -190,11 +185,12 @@ def _cell(config: StudyConfig, model: str, method: str, implementation: str, **f
 
 
 def _varied(config: StudyConfig, model: str, base: str) -> list[CellSpec]:
-    """The cells along `AXES` of the configuration's methods, fused; what is no model's work among them."""
-    cells = []
+    """The cells along `AXES` of the configuration's methods, fused; what is no model's work among them. Not the values
+    that every method's own cell has."""
+    cells, axes = [], chosen_axes(config.axes)
 
     def add(axis: str, value: str, method: str, implementation: str = "fused", **fields) -> None:
-        if axis in config.axes and implementation in (*config.implementations, MAJORITY):
+        if value in axes.get(axis, ()) and implementation in (*config.implementations, MAJORITY):
             fields = {"axis": axis, "value": value, "task": "unseen", "timed": False} | fields
             cells.append(_cell(config, model, method, implementation, base=base, data=EASY_VQA, **fields))
 
@@ -207,22 +203,22 @@ def _varied(config: StudyConfig, model: str, base: str) -> list[CellSpec]:
     add("task", "seen", NO_METHOD, "frozen", task="seen")
     for method in config.methods:
         add("task", "seen", method, task="seen")
-    for method in chosen(_LOCATED):
-        for place in _LOCATIONS:
-            add("location", place, method, overrides={"targets": place})
-    for method in chosen(tuple(_SIZES)):
-        setting, values = _SIZES[method]
+    for method in chosen(LOCATED):
+        for place in LOCATIONS:
+            add("location", place, method, overrides=located(place))
+    for method in chosen(tuple(SIZES)):
+        setting, values = SIZES[method]
         for value in values:
-            alpha = {"alpha": 2 * value} if method == "lora" else {}
-            add("size", f"{setting}={value}", method, overrides={setting: value} | alpha)
+            add("size", f"{setting}={value}", method, overrides=sized(method, setting, value))
     for method in chosen(_TUNED):
         add("connector", "tuned", method, train_connector=True)
     for method in chosen(_SCALED):
-        for number in _SAMPLES:
+        for number in SAMPLES:
             add("samples", str(number), method, train_samples=number)
     for method in chosen(_TUNED):
-        for seed in _MORE_SEEDS:
-            add("seed", str(seed), method, seed=seed)
+        for seed in SEEDS:
+            if seed != config.seed:
+                add("seed", str(seed), method, seed=seed)
     return cells
 
 
@@ -256,7 +252,7 @@ def _sources_digest() -> str:
         f"study/{name}.py"
         for name in (
             *("command", "run", "progress", "table", "report", "charts", "varied", "data_check", "status", "diff"),
-            *("recipes/command", "recipes/cost", "recipes/run", "recipes/table"),
+            *("recipes/command", "recipes/cost", "recipes/run", "recipes/table", "recipes/page"),
         )
     }
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from mmpeft_fast.pages.svg import svg
+from mmpeft_fast.pages.svg import svg, text
 
 WIDTH = 380
 LABEL_WIDTH = 112  # method names on the left
@@ -33,7 +33,7 @@ def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, floa
     shapes, y = [], float(TOP)
     for label, bars in groups:
         height = len(bars) * (BAR_HEIGHT + BAR_GAP) - BAR_GAP
-        shapes.append(_text(LABEL_WIDTH - 10, y + height / 2, label, "label", anchor="end"))
+        shapes.append(text(LABEL_WIDTH - 10, y + height / 2, label, "end", "label"))
         for name, ratio in bars:
             shapes += _bar(y, name, ratio, scale)
             y += BAR_HEIGHT + BAR_GAP
@@ -45,11 +45,8 @@ def ratio_chart(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, floa
     shapes = [shape for shape in shapes if "<rect" in shape] + [line] + [shape for shape in shapes if "<text" in shape]
     # Near the right edge the label would be cut, so it ends at the line there.
     anchor = "end" if line_x > WIDTH - 60 else "middle"
-    shapes.append(_text(line_x, 9, "frozen = 1", "tick", anchor=anchor))
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {bottom + 2:.0f}" role="img" aria-label="{escape(_spoken(title, groups))}">'
-        f"{''.join(shapes)}</svg>"
-    )
+    shapes.append(text(line_x, 9, "frozen = 1", anchor, "tick"))
+    return svg(WIDTH, bottom + 2, _spoken(title, groups), shapes)
 
 
 def spread_chart(title: str, values: Mapping[str, Sequence[float]]) -> str:
@@ -66,8 +63,8 @@ def spread_chart(title: str, values: Mapping[str, Sequence[float]]) -> str:
     scale = (WIDTH - LABEL_WIDTH - room) / 100
     for index, (name, found) in enumerate(values.items()):
         y = 4 + index * 30
-        mean, text = statistics.fmean(found), mean_and_deviation(found)
-        shapes.append(_text(LABEL_WIDTH - 10, y + 9, name, "label", anchor="end"))
+        mean, told = statistics.fmean(found), mean_and_deviation(found)
+        shapes.append(text(LABEL_WIDTH - 10, y + 9, name, "end", "label"))
         shapes.append(
             f'<rect class="spread" x="{LABEL_WIDTH}" y="{y}" width="{max(mean * scale, 1.0):.1f}" height="18" rx="2"/>'
         )
@@ -76,8 +73,8 @@ def spread_chart(title: str, values: Mapping[str, Sequence[float]]) -> str:
             shapes.append(
                 f'<circle class="point" cx="{x:.1f}" cy="{y + 9}" r="3.5"><title>{value:.1f}</title></circle>'
             )
-        shapes.append(_text(LABEL_WIDTH + max(mean, *found) * scale + 8, y + 9, text, "value"))
-        spoken.append(f"{name} {text}")
+        shapes.append(text(LABEL_WIDTH + max(mean, *found) * scale + 8, y + 9, told, "start", "value"))
+        spoken.append(f"{name} {told}")
     return svg(WIDTH, 30 * len(values), f"{title}: {'; '.join(spoken)}", shapes)
 
 
@@ -106,17 +103,13 @@ def _bar(y: float, name: str, ratio: float | None, scale: float) -> list[str]:
     """A bar and its number, or the word that there is none."""
     middle = y + BAR_HEIGHT / 2
     if ratio is None:
-        return [_text(LABEL_WIDTH, middle, f"{name}: no number", "missing")]
+        return [text(LABEL_WIDTH, middle, f"{name}: no number", "start", "missing")]
     width = max(ratio * scale, 1.0)
     bar = (
         f'<rect class="{name}" x="{LABEL_WIDTH}" y="{y:.1f}" width="{width:.1f}" height="{BAR_HEIGHT}" rx="2">'
         f"<title>{escape(name)}: {ratio:.3f}</title></rect>"
     )
-    return [bar, _text(LABEL_WIDTH + width + 6, middle, f"{ratio:.2f}×", f"value {name}")]
-
-
-def _text(x: float, y: float, text: str, name: str, anchor: str = "start") -> str:
-    return f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}">{escape(text)}</text>'
+    return [bar, text(LABEL_WIDTH + width + 6, middle, f"{ratio:.2f}×", "start", f"value {name}")]
 
 
 def _spoken(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:

@@ -4,11 +4,11 @@ import csv
 import io
 import statistics
 from html import escape
-from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
 from mmpeft_fast.atomic import write_text
+from mmpeft_fast.pages.page import notes, page, page_file
 from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, TINY_MODELS, cell_name
 from mmpeft_fast.study.charts import ratio_chart, sparkline
 from mmpeft_fast.study.rows import SUCCESS
@@ -96,24 +96,17 @@ def report_html(rows: list[dict]) -> str:
     """The page for the rows, see `write_report`."""
     own = [row for row in rows if not row["axis"]]  # of each method on each model; the others vary something
     models = list(dict.fromkeys(row["model"] for row in own))
-    style, script = (
-        resources.files("mmpeft_fast.pages").joinpath(name).read_text(encoding="utf-8")
-        for name in ("style.css", "sort.js")
-    )
-    return "\n".join(
+    return page(
+        "mmpeft-fast: the small study",
         [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>mmpeft-fast: the small study</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
             _head(rows, own),
             *(_model_section(model, [row for row in own if row["model"] == model]) for model in models),
             *varied_sections(rows),
             _table_section(rows),
-            _notes_section(),
+            notes(NOTES),
             _commands_section(rows),
-            f"</main>\n<script>\n{script}</script>\n</body>\n</html>\n",
-        ]
+        ],
+        script=page_file("sort.js"),
     )
 
 
@@ -289,11 +282,6 @@ def _curve(column: Column, row: dict) -> str:
 
 def _class(column: Column) -> str:
     return " class=number" if column.is_number else ""
-
-
-def _notes_section() -> str:
-    notes = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>\n" for term, text in NOTES)
-    return f"<section>\n<h2>What the numbers mean</h2>\n<dl class=notes>\n{notes}</dl>\n</section>"
 
 
 def _commands_section(rows: list[dict]) -> str:

@@ -11,7 +11,7 @@ from mmpeft_fast.study.cells import MAJORITY, TINY_MODELS
 from mmpeft_fast.study.charts import spread_chart
 from mmpeft_fast.study.table import MISSING
 
-_COSTS = (("peak_mib", "MiB at peak", "memory", True), ("tokens_per_s", "tokens / s", "throughput", False))
+COSTS = (("peak_mib", "MiB at peak", "memory", True), ("tokens_per_s", "tokens / s", "throughput", False))
 _CURVES = (
     ("size", "trained parameters, thousands", "Size of the modules"),
     ("samples", "different training samples", "Training samples"),
@@ -42,13 +42,13 @@ def _accuracy_section(rows: Sequence[dict]) -> str:
     figures = []
     for model in dict.fromkeys(row["model"] for row in rows):
         tuned = [row for row in _of_methods(rows) if row["model"] == model and row["tokens_per_s"]]
-        for name, across, cost, less_is_better in _COSTS:
+        for name, across, cost, less_is_better in COSTS:
             if tuned:
                 title = f"{model}: accuracy and {cost}"
                 points = [Point(row["method"], row[name], _percent(row)) for row in tuned]
                 chart = points_chart(title, points, across, "accuracy, %", less_is_better=less_is_better)
-                figures.append(_figure(title, chart))
-    return _section(
+                figures.append(figure(title, chart))
+    return section(
         "Accuracy and what it costs",
         "Fused, tuned on a type of questions that the base has never met: which colour the shape has. The dashed line "
         "joins the methods that no other beats in both directions.",
@@ -67,7 +67,7 @@ def _tasks_section(rows: Sequence[dict]) -> str:
     if not any("seen" in accuracies for accuracies in by_name.values()):
         return ""
     lines = [(name, each.get("unseen", MISSING), each.get("seen", MISSING)) for name, each in by_name.items()]
-    return _section(
+    return section(
         "New and known questions",
         "Accuracy in per cent after tuning on what the base has never been asked (colours), and on what it was trained "
         "to answer (shapes).",
@@ -87,7 +87,7 @@ def _location_section(rows: Sequence[dict]) -> str:
         ("accuracy, %", *places), [(name, [each.get(place) for place in places]) for name, each in found.items()]
     )
     lead = "Accuracy on new questions by method and by which linear layers carry its modules."
-    return _section("Location of the modules", lead, [], table)
+    return section("Location of the modules", lead, [], table)
 
 
 def _curves_section(rows: Sequence[dict]) -> str:
@@ -98,18 +98,19 @@ def _curves_section(rows: Sequence[dict]) -> str:
         for row in _with_own(rows, axis):
             lines[row["method"]].append((_position(row, axis), _percent(row)))
         if lines:
-            figures.append(_curves(title, across, {name: sorted(points) for name, points in lines.items()}))
-    return _section("Size and samples", "", figures)
+            figures.append(curves(title, across, {name: sorted(points) for name, points in lines.items()}))
+    return section("Size and samples", "", figures)
 
 
-def _curves(title: str, across: str, lines: Mapping[str, list[tuple[float, float]]]) -> str:
+def curves(title: str, across: str, lines: Mapping[str, list[tuple[float, float]]], label: str = "accuracy, %") -> str:
+    """A figure of lines by name with their legend; label: what y is."""
     spoken = "; ".join(f"{name} " + ", ".join(f"{y:.1f} at {x:.3g}" for x, y in lines[name]) for name in lines)
-    shapes = line_chart(lines, across, "accuracy, %")
+    shapes = line_chart(lines, across, label)
     legend = "".join(
         f'<span style="--line: {COLOURS[i % len(COLOURS)]}">{escape(name)}</span>' for i, name in enumerate(lines)
     )
     chart = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {escape(spoken)}">{shapes}</svg>'
-    return _figure(title, f"{chart}<p class=lines>{legend}</p>")
+    return figure(title, f"{chart}<p class=lines>{legend}</p>")
 
 
 def _position(row: dict, axis: str) -> float:
@@ -126,11 +127,11 @@ def _seeds_section(rows: Sequence[dict]) -> str:
     if not found:
         return ""
     title = "Accuracy over seeds, %"
-    return _section(
+    return section(
         "Stability",
         "A dot is a seed of initial values, batches and dropout on the same base; a bar is their mean, and behind it "
         "stand the mean and the sample's standard deviation.",
-        [_figure(title, spread_chart(title, found))],
+        [figure(title, spread_chart(title, found))],
     )
 
 
@@ -153,7 +154,7 @@ def _papers_section(rows: Sequence[dict]) -> str:
                 lines.append((name, f"{_percent(row):.1f}", each.value, each.labels["model"], each.source))
     if not lines:
         return ""
-    return _section(
+    return section(
         "The papers beside",
         "Ours is a model thousands of times smaller, on other questions: which setting is ahead may be compared, the "
         "numbers may not.",
@@ -182,11 +183,13 @@ def _percent(row: dict) -> float:
     return 100 * row["accuracy"]
 
 
-def _figure(title: str, chart: str) -> str:
+def figure(title: str, chart: str) -> str:
+    """A chart with its caption."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
 
 
-def _section(title: str, lead: str, figures: Sequence[str], body: str = "") -> str:
+def section(title: str, lead: str, figures: Sequence[str], body: str = "") -> str:
+    """A section of charts and, under them, HTML; empty where there is neither."""
     if not figures and not body:
         return ""
     charts = f"<div class='charts pairs'>{''.join(figures)}</div>" if figures else ""

@@ -38,6 +38,20 @@ def test_what_is_varied_is_of_the_first_model_fused_and_not_timed():
     assert by_name["tiny-llava prefix fused seed 21"].seed == 21
 
 
+def test_single_values_of_an_axis_are_run_where_they_are_named():
+    planned = plan(StudyConfig(output=Path("out"), methods=("lora",), axes=("size=r=4", "location=mlp,both")))[1]
+    assert [cell.name for cell in planned if cell.axis] == [
+        "tiny-llava lora fused location mlp",
+        "tiny-llava lora fused location both",
+        "tiny-llava lora fused size r=4",
+    ]
+
+
+def test_the_studys_own_seed_is_not_run_twice():
+    planned = plan(StudyConfig(output=Path("out"), methods=("lora",), axes=("seed",), seed=21))[1]
+    assert [cell.seed for cell in planned if cell.axis] == [42, 63]
+
+
 @pytest.mark.parametrize("changed", [{"axes": ()}, {"models": ("tiny-qwen2-vl",)}, {"implementations": ("peft",)}])
 def test_nothing_is_varied_where_that_was_not_asked_for(changed):
     assert not any(cell.axis for cell in plan(StudyConfig(output=Path("out"), **changed))[1])
@@ -103,6 +117,9 @@ def test_a_real_checkpoint_needs_no_base_of_ours(config):
         ({"methods": ("lora", "qlora")}, ("method", "layernorm-simp", "'qlora'")),
         ({"methods": ("lora", "lora")}, ("once", "lora, lora")),
         ({"axes": ("depth",)}, ("axis", "location", "'depth'")),
+        ({"axes": ("location", "location=mlp")}, ("once", "location, location=mlp")),
+        ({"axes": ("size=r=3",)}, ("axis size", "r=2, r=4", "'r=3'")),
+        ({"axes": ("seed=",)}, ("axis seed", "21, 42, 63", "''")),
         ({"implementations": ()}, ("implementation", "none")),
         ({"dtype": "fp16"}, ("dtype", "bf16", "'fp16'")),
         ({"steps": 1}, ("steps", "at least 2", "1")),

@@ -21,6 +21,7 @@ from mmpeft_fast.study.metrics import METRICS
 from mmpeft_fast.study.recipes import FULL, RECIPES, SCALES, SMALL, Data, RecipeCell, make_recipe
 from mmpeft_fast.study.recipes.cell import _cell_of, measure
 from mmpeft_fast.study.recipes.cost import Planner, cost_of
+from mmpeft_fast.study.recipes.page import recipe_page
 from mmpeft_fast.study.recipes.table import MEASURES, recipe_table, summary
 from mmpeft_fast.train import TrainConfig
 
@@ -229,6 +230,18 @@ def test_hallucination_is_the_mean_over_epochs_of_one_metric():
     assert [each["value"] for each in entry["published"]] == ["13.3"]
     assert entry["published"][0]["ours"] == "20.0"
     assert "shape_hallucination 1: 10.0, 2: 30.0" in recipe_table(recipe, [entry])
+    html = recipe_page(recipe, [entry])
+    assert "adapter 10.0 at 1, 30.0 at 2" in html  # the curve, as it is read out
+    for words in ("13.3</td>", "20.0</td>", "Scores by epoch", "The papers beside", "<li>the paper counted by hand"):
+        assert words in html
+    assert "http://" not in html and "https://" not in html
+
+
+def test_the_page_of_failed_cells_has_no_charts():
+    recipe = make_recipe("location", SMALL)
+    rows = [{"labels": cell.labels, "seed": 42, "status": "failed"} for cell in recipe.cells]
+    html = recipe_page(recipe, summary(recipe, rows, any_model=True))
+    assert "<svg" not in html and "1 (1 failed)</td>" in html
 
 
 @pytest.fixture(scope="module")

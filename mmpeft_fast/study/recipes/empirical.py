@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mmpeft_fast.plan.papers import STUDY_PERCENT
+from mmpeft_fast.study.axes import LOCATED, LOCATIONS, SEEDS, located, sized
 from mmpeft_fast.study.recipes.recipe import Published, Recipe, RecipeCell
 from mmpeft_fast.study.recipes.scale import STUDY_METHODS, Scale, Task
 
@@ -21,7 +22,6 @@ _LOCATION_SCORE = {
     "lora": ("75.1", "75.2", "75.5"),
     "ia3": ("73.8", "74.1", "74.1"),
 }
-_LOCATIONS = ("attention", "mlp", "both")
 # Millions of trained parameters on LLaVA-1.5-7B, sizes ascending.
 _SIZE_MILLIONS = {
     "lora": ("40.0", "80.0", "159.9", "319.8"),
@@ -29,7 +29,6 @@ _SIZE_MILLIONS = {
     "prefix": ("2.62", "5.24", "7.86", "10.49"),
 }
 _HALLUCINATION = {"adapter": "13.3", "lora": "16.8", "ia3": "16.0", "prefix": "25.0"}
-SEEDS = (21, 42, 63)
 _MEAN = "mean score of 8 tasks, %"
 
 
@@ -119,11 +118,11 @@ def location(scale: Scale) -> Recipe:
                 method,
                 task,
                 connector=True,
-                settings={"targets": place},
+                settings=located(place),
                 labels={"location": place},
             )
-            for method in _LOCATION_SCORE
-            for place in _LOCATIONS
+            for method in LOCATED
+            for place in LOCATIONS
             for task in scale.unseen
         ),
         published=tuple(
@@ -135,7 +134,7 @@ def location(scale: Scale) -> Recipe:
                 source=f"{PAPER}, location at 7B",
             )
             for method, scores in _LOCATION_SCORE.items()
-            for place, value in zip(_LOCATIONS, scores)
+            for place, value in zip(LOCATIONS, scores)
         ),
         notes=("over which tasks the paper's mean at each location goes is not known here; ours goes over the unseen",),
     )
@@ -143,7 +142,7 @@ def location(scale: Scale) -> Recipe:
 
 def size(scale: Scale) -> Recipe:
     """Ranks, widths and numbers of virtual tokens."""
-    sized = [(method, setting, value) for method, (setting, values) in scale.sizes.items() for value in values]
+    variants = [(method, setting, value) for method, (setting, values) in scale.sizes.items() for value in values]
     steps = [step for _, values in scale.sizes.values() for step in range(1, len(values) + 1)]
     published = [
         Published(
@@ -168,10 +167,10 @@ def size(scale: Scale) -> Recipe:
                 method,
                 task,
                 connector=True,
-                settings=_sized(method, setting, value),
+                settings=sized(method, setting, value),
                 labels={"step": str(step), "size": f"{setting}={value}"},
             )
-            for (method, setting, value), step in zip(sized, steps)
+            for (method, setting, value), step in zip(variants, steps)
             for task in scale.unseen
         ),
         published=tuple(published),
@@ -180,10 +179,6 @@ def size(scale: Scale) -> Recipe:
             "the paper counts the prefix as it is after its projection; ours trains the projection and counts that",
         ),
     )
-
-
-def _sized(method: str, setting: str, value: int) -> dict[str, int]:
-    return {setting: value} | ({"alpha": 2 * value} if method == "lora" else {})
 
 
 def data_scale(scale: Scale) -> Recipe:

@@ -120,9 +120,8 @@ def _mean(rows: list[dict], name: str) -> float | None:
 
 def recipe_table(recipe: Recipe, entries: list[dict]) -> str:
     """The entries as an aligned table, the published numbers and the notes under it."""
-    axes = list(recipe.rows)
-    titles = [*axes, "cells", "score %", "+-", "trainable", "step ms", "tok/s", "peak MiB"]
-    lines = [titles] + [_cells(axes, entry) for entry in entries]
+    axes = recipe.rows
+    lines = [table_titles(recipe)] + [entry_cells(recipe, entry) for entry in entries]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
         "  ".join(
@@ -132,18 +131,23 @@ def recipe_table(recipe: Recipe, entries: list[dict]) -> str:
         for line in lines
     ]
     text.insert(1, "  ".join("─" * width for width in widths))
-    curves = [_curve(axes, entry) for entry in entries if len({each["epoch"] for each in entry["scores"]}) > 1]
-    published = [line for entry in entries for line in _published(axes, entry)]
+    curves = [_curve(recipe, entry) for entry in entries if len({each["epoch"] for each in entry["scores"]}) > 1]
+    published = [line for entry in entries for line in _published(recipe, entry)]
     for title, more in (("scores % by epoch", curves), ("published beside ours", published), ("notes", recipe.notes)):
         if more:
             text += ["", title, *(f"  {line}" for line in more)]
     return "\n".join(text)
 
 
-def _cells(axes: list[str], entry: dict) -> list[str]:
+def table_titles(recipe: Recipe) -> list[str]:
+    return [*recipe.rows, "cells", "score %", "+-", "trainable", "step ms", "tok/s", "peak MiB"]
+
+
+def entry_cells(recipe: Recipe, entry: dict) -> list[str]:
+    """An entry's texts under `table_titles`."""
     failed = f" ({entry['failed']} failed)" if entry["failed"] else ""
     return [
-        *(entry["labels"][axis] for axis in axes),
+        *(entry["labels"][axis] for axis in recipe.rows),
         f"{entry['cells']}{failed}",
         decimal(entry["score"], 1),
         decimal(entry["deviation"], 1),
@@ -154,20 +158,22 @@ def _cells(axes: list[str], entry: dict) -> list[str]:
     ]
 
 
-def _name(axes: list[str], entry: dict) -> str:
-    return " ".join(entry["labels"][axis] for axis in axes)
+def entry_name(recipe: Recipe, entry: dict) -> str:
+    return " ".join(entry["labels"][axis] for axis in recipe.rows)
 
 
-def _curve(axes: list[str], entry: dict) -> str:
+def _curve(recipe: Recipe, entry: dict) -> str:
     by_test: dict[str, list[str]] = defaultdict(list)
     for each in entry["scores"]:
         by_test[f"{each['set']} {each['metric']}"].append(f"{each['epoch']:g}: {each['score']:.1f}")
-    return f"{_name(axes, entry)}: " + "; ".join(f"{name} {', '.join(values)}" for name, values in by_test.items())
+    return f"{entry_name(recipe, entry)}: " + "; ".join(
+        f"{name} {', '.join(values)}" for name, values in by_test.items()
+    )
 
 
-def _published(axes: list[str], entry: dict) -> list[str]:
+def _published(recipe: Recipe, entry: dict) -> list[str]:
     return [
-        f"{_name(axes, entry)}: {each['quantity']}: ours {each['ours'] or MISSING}, {each['model']} {each['value']} "
-        f"({each['source']})"
+        f"{entry_name(recipe, entry)}: {each['quantity']}: ours {each['ours'] or MISSING}, "
+        f"{each['model']} {each['value']} ({each['source']})"
         for each in entry["published"]
     ]
