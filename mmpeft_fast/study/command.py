@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--axes",
         nargs="+",
         metavar="A",
-        help=f"what is varied on the first tiny model, any of: {', '.join(AXES)}; or none (default: all)",
+        help=f"what is varied on the first tiny model, any of: {', '.join(AXES)} (size=r=4: that value alone); or none "
+        "(default: all)",
     )
     cells.add_argument("--redo", action="store_true", help="run cells again that have a row already")
 

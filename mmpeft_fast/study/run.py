@@ -223,7 +223,14 @@ def _row(config: StudyConfig, cell: CellSpec, outcome: dict, *, elapsed_s: float
 
 def command_line(config: StudyConfig, cell: CellSpec) -> str:
     """The command that measures one cell again, with every option that is not at its default."""
-    words = ["mmpeft-fast", "study", "--redo", "--axes", cell.axis or "none", "--implementations"]
+    words = [
+        "mmpeft-fast",
+        "study",
+        "--redo",
+        "--axes",
+        f"{cell.axis}={cell.value}" if cell.axis else "none",
+        "--implementations",
+    ]
     words.append("frozen" if cell.implementation == MAJORITY else cell.implementation)
     if config.base is None:
         words += ["--models", cell.model]

@@ -64,6 +64,7 @@ def run_named(args: argparse.Namespace, *, threads: int, device: str, runner) ->
     """`study --recipe NAME`: runs it, prints its table and writes `summary.json`; returns 1 if a cell failed."""
     from mmpeft_fast.atomic import write_text
     from mmpeft_fast.study.recipes import FULL, SMALL, make_recipe
+    from mmpeft_fast.study.recipes.page import write_page
     from mmpeft_fast.study.recipes.run import RecipeRun, run_recipe
     from mmpeft_fast.study.recipes.table import recipe_table, summary
     from mmpeft_fast.study.rows import SUCCESS
@@ -94,7 +95,7 @@ def run_named(args: argparse.Namespace, *, threads: int, device: str, runner) ->
     entries = summary(recipe, rows, any_model=args.small)
     write_text(output / "summary.json", json.dumps(entries, indent=1))
     print(recipe_table(recipe, entries))
-    print(f"\nresults  {output}")
+    print(f"\nreport   {write_page(recipe, entries, output)}\nresults  {output}")
     return 0 if all(row["status"] == SUCCESS for row in rows) else 1
 
 
