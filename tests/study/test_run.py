@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmpeft_fast import cli
+from mmpeft_fast.study import in_turn
 from mmpeft_fast.study import run as run_module
 from mmpeft_fast.study.cells import StudyConfig, plan
 from mmpeft_fast.study.command import _config
@@ -165,18 +166,23 @@ class TogetherJobs(FakeJobs):
         return {"status": "failed", "reason": "the process was ended by SIGKILL"} if died else {"status": "success"}
 
 
+def fake_jobs(monkeypatch, jobs: FakeJobs) -> None:
+    monkeypatch.setattr(run_module, "run_job", jobs)
+    monkeypatch.setattr(in_turn, "run_fitting", jobs)
+
+
 def test_cells_of_one_process_are_kept_as_they_end_and_the_rest_told(tmp_path, monkeypatch):
     config = StudyConfig(
         output=tmp_path, models=("tiny-llava",), methods=("lora",), implementations=("fused",), axes=("location",)
     )
-    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=2))
+    fake_jobs(monkeypatch, TogetherJobs(ended=2))
     rows = run_study(config)
     assert [row["status"] for row in rows] == ["success", "success", "success", "failed"]
     assert rows[3]["reason"] == "the process was ended by SIGKILL" and rows[1]["elapsed_s"] == 1.5
     assert (rows[1]["loss_last"], rows[1]["accuracy"], rows[1]["step_ms_p50"], rows[1]["tokens_per_s"]) == (
         1.0, 0.5, None, None
     )  # fmt: skip
-    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=1))
+    fake_jobs(monkeypatch, TogetherJobs(ended=1))
     assert [row["status"] for row in run_study(config)] == ["success"] * 4
 
 
@@ -184,6 +190,6 @@ def test_the_commonest_answer_is_a_row_without_a_model(tmp_path, monkeypatch):
     config = StudyConfig(
         output=tmp_path, models=("tiny-llava",), methods=("lora",), implementations=("frozen",), axes=("task",)
     )
-    monkeypatch.setattr(run_module, "run_job", TogetherJobs(ended=9))
+    fake_jobs(monkeypatch, TogetherJobs(ended=9))
     accuracy = {row["value"]: row["accuracy"] for row in run_study(config) if row["implementation"] == "majority"}
     assert 0.05 < accuracy["unseen"] < 0.25 and 0.25 < accuracy["seen"] < 0.45
