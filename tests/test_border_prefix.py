@@ -8,6 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 
 from mmpeft_fast import Prefix, add_peft, fuse
+from mmpeft_fast.closeness import allowed_in_double
 from tests.closeness import assert_same_in_double
 from tests.tiny_models import loss_and_grads, randomize_trainable, tiny_batch, tiny_model
 
@@ -60,7 +61,8 @@ def test_calls_without_the_prefix_see_none(projection, training, reentrant):
         batch = BATCH | ({} if use_cache is None else {"use_cache": use_cache})
         models = [prefixed(projection=projection, training=training) for _ in range(2)]
         expected = losses(models[0], batch, reentrant)
-        assert abs(expected[0] - expected[1]) > 1e-3, "the prefix changes nothing"
+        allowed = allowed_in_double() * abs(expected[1])
+        assert abs(expected[0] - expected[1]) > 4 * allowed, "the prefix changes nothing that a comparison would see"
         for got, loss in zip(losses(fuse(models[1]), batch, reentrant), expected, strict=True):
             assert_same_in_double(got, loss)
 

@@ -190,7 +190,7 @@ def html_page(rows: Sequence[Mapping]) -> str:
         "svg text.title { font-weight: 600; }\nul { padding-left: 20px; margin: 8px 0; }\n"
         "tr.case td { font-weight: 600; border-top: 1px solid var(--rule); }\n"
     )
-    return page("mmpeft-fast: benchmarks", style, [section for section in sections if section])
+    return page("mmpeft-fast: benchmarks", [section for section in sections if section], style=style)
 
 
 def _head(devices: Sequence[_Rows]) -> str:
