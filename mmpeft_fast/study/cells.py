@@ -252,7 +252,7 @@ def _sources_digest() -> str:
         f"study/{name}.py"
         for name in (
             *("command", "run", "progress", "table", "report", "charts", "varied", "data_check", "status", "diff"),
-            *("rows", "process", "in_turn", "on_ray"),
+            *("rows", "process", "in_turn", "on_ray", "ledger"),
             *("recipes/command", "recipes/cost", "recipes/run", "recipes/table", "recipes/page"),
         )
     }

@@ -4,9 +4,9 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from mmpeft_fast.doctor import device_name, versions
@@ -22,9 +22,10 @@ from mmpeft_fast.study.cells import (
 )
 from mmpeft_fast.study.in_turn import InTurn, Runner
 from mmpeft_fast.study.inputs import Inputs, majority_accuracy, prepare_inputs
+from mmpeft_fast.study.ledger import Ledger
 from mmpeft_fast.study.process import Job, run_job
 from mmpeft_fast.study.progress import Progress
-from mmpeft_fast.study.rows import CANCELLED, FAILED, OOM, SUCCESS, file_name, read_rows, store_plan, store_row
+from mmpeft_fast.study.rows import SUCCESS, file_name, read_rows, store_plan
 
 # What a cell measures; a failed cell's row holds None for each.
 MEASURED = (
@@ -75,40 +76,18 @@ def run_study(config: StudyConfig, runner: Runner | None = None) -> list[dict]:
     guessed = [cell for cell in pending if cell.implementation == MAJORITY]  # no model's work
     kinds = ["untimed cell" if not cell.timed else "cell" for cell in alone + together if cell not in guessed]
     progress = Progress(["base"] * len(missing) + kinds)
-    left = {cell.key: cell for cell in pending}
-    is_running = False
-
-    def keep(cell: CellSpec, outcome: dict, elapsed_s: float) -> None:
-        row = _row(config, cell, outcome, elapsed_s=elapsed_s)
-        if row["status"] in (FAILED, OOM):
-            progress.say(f"{row['status']}: {cell.name}: {row['reason']}")
-        store_row(config.output, row)
-        left.pop(cell.key)
-
-    try:
+    ledger = Ledger(config.output, pending, progress, partial(_row, config))
+    with ledger.interruptible():
         for cell in guessed:
-            keep(cell, {"status": SUCCESS, "accuracy": _guessed(cell, inputs)}, 0.0)
+            ledger.keep(cell, {"status": SUCCESS, "accuracy": _guessed(cell, inputs)})
         broken = {base.key: reason for base in missing if (reason := make_base(config, base, inputs, progress))}
-        for cell in [cell for cell in left.values() if cell.base in broken]:
-            progress.start(cell.name)
-            progress.finish()
-            keep(cell, {"status": FAILED, "reason": f"no base model: {broken[cell.base]}"}, 0.0)
+        for cell in [cell for cell in ledger.left.values() if cell.base in broken]:
+            ledger.fail(cell, f"no base model: {broken[cell.base]}")
         folders = {base.key: str(base_folder(config, base)) for base in bases}
-        alone = [cell for cell in alone if cell.key in left]
-        jobs = [(cell.name, _job(config, cell, inputs, folders.get(cell.base, cell.base))) for cell in alone]
-        is_running = True
-        with closing(runner.run(jobs, progress)) as all_ended:
-            for ended in all_ended:
-                keep(alone[ended.index], ended.outcome, ended.elapsed_s)
-        _run_together([cell for cell in together if cell.key in left], inputs, folders, config, progress, keep)
-    except KeyboardInterrupt:
-        cell = next(iter(left.values()), None)
-        if is_running and cell is not None and cell.key not in rows:
-            store_row(config.output, _row(config, cell, {"status": CANCELLED, "reason": "interrupted"}, elapsed_s=0.0))
-        message = f"{len(pending) - len(left)} of {len(pending)} cells are done; the same command goes on from here"
-        raise KeyboardInterrupt(message) from None
-    finally:
-        progress.clear()
+        alone, together = ([cell for cell in each if cell.key in ledger.left] for each in (alone, together))
+        jobs = [(cell, _job(config, cell, inputs, folders.get(cell.base, cell.base))) for cell in alone]
+        ledger.run(runner, jobs)
+        _run_together(together, inputs, folders, config, progress, ledger.keep)
     rows = {row["spec_key"]: row for row in read_rows(config.output)}
     return [rows[cell.key] for cell in cells]
 
@@ -204,7 +183,7 @@ def _run_together(
             progress.start(cell.name)
 
 
-def _row(config: StudyConfig, cell: CellSpec, outcome: dict, *, elapsed_s: float) -> dict:
+def _row(config: StudyConfig, cell: CellSpec, outcome: dict, elapsed_s: float) -> dict:
     """A cell's record: what it was, what came out, and how to get it again."""
     row = {"spec_key": cell.key, "status": outcome["status"], "reason": outcome.get("reason"), **asdict(cell)}
     row |= dict.fromkeys(MEASURED) | {name: outcome[name] for name in MEASURED if name in outcome}

@@ -1,9 +1,9 @@
 """Runs a recipe: makes the small bases, runs every cell that has no row yet, and keeps one row a cell."""
 
 import shutil
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from mmpeft_fast.data.sets import SETS
@@ -11,10 +11,11 @@ from mmpeft_fast.doctor import device_name, versions
 from mmpeft_fast.study.cells import EASY_VQA, NO_METHOD, BaseSpec, StudyConfig
 from mmpeft_fast.study.in_turn import InTurn, Runner
 from mmpeft_fast.study.inputs import prepare_inputs
+from mmpeft_fast.study.ledger import Ledger
 from mmpeft_fast.study.process import Job
 from mmpeft_fast.study.progress import Progress
 from mmpeft_fast.study.recipes.recipe import Recipe, RecipeCell
-from mmpeft_fast.study.rows import CANCELLED, FAILED, OOM, SUCCESS, file_name, read_rows, store_plan, store_row
+from mmpeft_fast.study.rows import SUCCESS, file_name, read_rows, store_plan
 from mmpeft_fast.study.run import base_folder, make_base
 from mmpeft_fast.train import TrainConfig
 
@@ -54,6 +55,10 @@ class RecipeRun:
     def work_folder(self, cell: RecipeCell) -> Path:
         """Checkpoints and scores of a cell that has not ended."""
         return self.output / "work" / cell.key
+
+    def forget_work(self, cell: RecipeCell) -> None:
+        """Removes a cell's work folder."""
+        shutil.rmtree(self.work_folder(cell), ignore_errors=True)
 
     def check(self) -> None:
         """Raises ValueError that names every checkpoint and every split of a data set that is missing."""
@@ -107,40 +112,16 @@ def run_recipe(run: RecipeRun, runner: Runner | None = None) -> list[dict]:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     store_plan(run.output, {cell.key: cell.name for cell in run.recipe.cells})
     progress = Progress(["base"] * len(missing) + ["cell"] * len(pending))
-    left = {cell.key: cell for cell in pending}
-
-    def keep(cell: RecipeCell, outcome: dict, elapsed_s: float) -> None:
-        row = _row(run, cell, outcome, elapsed_s)
-        if row["status"] in (FAILED, OOM):
-            progress.say(f"{row['status']}: {cell.name}: {row['reason']}")
-        store_row(run.output, row)
-        if row["status"] == SUCCESS:
-            shutil.rmtree(run.work_folder(cell), ignore_errors=True)
-        left.pop(cell.key)
-
-    is_running = False
-    try:
+    ledger = Ledger(run.output, pending, progress, partial(_row, run), run.forget_work)
+    with ledger.interruptible():
         broken = _make_bases(config, missing, progress)
         for cell in [cell for cell in pending if cell.model in broken]:
-            progress.start(cell.name)
-            progress.finish()
-            keep(cell, {"status": FAILED, "reason": f"no base model: {broken[cell.model]}"}, 0.0)
-        cells, jobs = list(left.values()), []
-        for cell in cells:
+            ledger.fail(cell, f"no base model: {broken[cell.model]}")
+        jobs = []
+        for cell in ledger.left.values():
             folder = base_folder(config, bases[cell.model]) if cell.model in bases else run.checkpoints / cell.model
-            jobs.append((cell.name, _job(run, cell, folder)))
-        is_running = True
-        with closing(runner.run(jobs, progress)) as all_ended:
-            for ended in all_ended:
-                keep(cells[ended.index], ended.outcome, ended.elapsed_s)
-    except KeyboardInterrupt:
-        cell = next(iter(left.values()), None)
-        if is_running and cell is not None and cell.key not in rows:
-            store_row(run.output, _row(run, cell, {"status": CANCELLED, "reason": "interrupted"}, 0.0))
-        message = f"{len(pending) - len(left)} of {len(pending)} cells are done; the same command goes on from here"
-        raise KeyboardInterrupt(message) from None
-    finally:
-        progress.clear()
+            jobs.append((cell, _job(run, cell, folder)))
+        ledger.run(runner, jobs)
     rows = {row["spec_key"]: row for row in read_rows(run.output)}
     return [rows[cell.key] for cell in run.recipe.cells]
 
@@ -161,7 +142,7 @@ def _make_bases(config: StudyConfig, missing: list[BaseSpec], progress: Progress
 def _job(run: RecipeRun, cell: RecipeCell, base: Path) -> Job:
     work = run.work_folder(cell)
     if run.redo:
-        shutil.rmtree(work, ignore_errors=True)
+        run.forget_work(cell)
     work.mkdir(parents=True, exist_ok=True)
     spec = {
         "spec": asdict(cell), "base": str(base), "datasets": str(run.datasets or ""), "folder": str(work),
